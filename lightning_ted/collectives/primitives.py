@@ -1,0 +1,114 @@
+"""The collectives themselves, without gradients.
+
+They are torch's functional collectives called as raw operators: the same on every torch from 2.10, and visible to selective
+checkpointing, fake tensors and ``torch.compile``. A group of one rank communicates nothing and launches nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_ted.mesh import Axis
+
+_ops = torch.ops._c10d_functional
+
+
+def _note(axis: Axis, kind: str, sent: int) -> None:
+    if axis.ledger.recorder is not None:
+        axis.ledger.recorder.note(kind, axis.name, sent)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
+    """The reduction of every rank's ``tensor``, as a new tensor (the same one where the axis has one rank)."""
+    if axis.size == 1:
+        return tensor
+    _note(axis, "all_reduce", 2 * _bytes(tensor) * (axis.size - 1) // axis.size)
+    return _ops.wait_tensor(_ops.all_reduce(tensor.contiguous(), op, axis.group_name))
+
+
+def all_reduce_(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
+    """:func:`all_reduce` in place, for a contiguous tensor that nobody else reads."""
+    return wait(start_all_reduce_(tensor, axis, op))
+
+
+def start_all_reduce_(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
+    """:func:`all_reduce_` that does not wait; call :func:`wait` on what it returns before reading it."""
+    if axis.size == 1:
+        return tensor
+    _note(axis, "all_reduce", 2 * _bytes(tensor) * (axis.size - 1) // axis.size)
+    return _ops.all_reduce_(tensor, op, axis.group_name)
+
+
+def wait(tensor: Tensor) -> Tensor:
+    """Wait for a collective that was started on ``tensor``."""
+    return _ops.wait_tensor(tensor)
+
+
+def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
+    """Every rank's ``tensor`` (equal shapes), stacked: ``[...] -> [size, ...]``."""
+    if axis.size == 1:
+        return tensor.unsqueeze(0)
+    _note(axis, "all_gather", _bytes(tensor) * (axis.size - 1))
+    # A scalar has no dimension to gather along.
+    flat = tensor.reshape(1, *tensor.shape).contiguous()
+    return _ops.wait_tensor(_ops.all_gather_into_tensor(flat, axis.size, axis.group_name))
+
+
+def all_gather_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
+    """Every rank's rows, concatenated: ``[sizes[rank], ...] -> [sum(sizes), ...]``; the sizes may differ."""
+    if axis.size == 1:
+        return rows
+    if min(sizes) == max(sizes):
+        _note(axis, "all_gather", _bytes(rows) * (axis.size - 1))
+        return _ops.wait_tensor(_ops.all_gather_into_tensor(rows.contiguous(), axis.size, axis.group_name))
+    # Exact sizes as an all-to-all in which everybody is sent the same rows: padding to the longest would send more, and
+    # would have to be cut out again.
+    _note(axis, "all_gather", _bytes(rows) * (axis.size - 1))
+    copies = rows.expand(axis.size, *rows.shape).reshape(axis.size * rows.shape[0], *rows.shape[1:])
+    return _exchange(copies, list(sizes), [rows.shape[0]] * axis.size, axis)
+
+
+def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
+    """The sum over ranks of this rank's rows: ``[sum(sizes), ...] -> [sizes[rank], ...]``; the sizes may differ.
+
+    Sent as an all-to-all and summed here in rank order: the same bytes as a reduce-scatter, exact sizes, and sums in the
+    precision of the arithmetic rather than of the backend (gloo's own is an all-reduce inside and adds 16-bit in 16-bit).
+    """
+    if axis.size == 1:
+        return rows
+    mine = sizes[axis.rank]
+    _note(axis, "reduce_scatter", _bytes(rows) * (rows.shape[0] - mine) // max(rows.shape[0], 1))
+    parts = _exchange(rows.contiguous(), [mine] * axis.size, list(sizes), axis).view(axis.size, mine, *rows.shape[1:])
+    if axis.size == 2:
+        return parts[0] + parts[1]
+    return parts.sum(0, dtype=torch.float32 if rows.dtype.itemsize == 2 else None).to(rows.dtype)
+
+
+def all_to_all_rows(rows: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
+    """Rows exchanged by exact sizes: ``sent[i]`` rows go to rank ``i``, ``received[i]`` come from it."""
+    if axis.size == 1:
+        return rows
+    total = sum(sent)
+    _note(axis, "all_to_all", _bytes(rows) * (total - sent[axis.rank]) // max(total, 1))
+    return _exchange(rows.contiguous(), list(received), list(sent), axis)
+
+
+def broadcast_(tensor: Tensor, axis: Axis, src: int = 0) -> Tensor:
+    """Overwrite ``tensor`` (contiguous) with that of rank ``src`` of the axis."""
+    if axis.size == 1:
+        return tensor
+    _note(axis, "broadcast", _bytes(tensor) if axis.rank == src else 0)
+    dist.broadcast(tensor, group=axis.group, group_src=src)
+    return tensor
+
+
+def _exchange(rows: Tensor, received: list[int], sent: list[int], axis: Axis) -> Tensor:
+    return _ops.wait_tensor(_ops.all_to_all_single(rows, received, sent, axis.group_name))

@@ -1,0 +1,63 @@
+"""Duplicate token dropping (DTD): tensor ranks hold the same tokens; each keeps only its share.
+
+``drop``:    forward: this rank's slice of ``x``;  gradient: ``[dx_0 .. dx_n]``, gathered from all ranks.
+``restore``: forward: ``[x_0 .. x_n]``;            gradient: this rank's slice of ``dx``, which is the same on all ranks.
+
+Each is the gradient of the other (arXiv 2303.06318, section 5.1). A number of tokens that the axis does not divide is shared
+out unevenly, the first ranks taking one more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ted.collectives.primitives import all_gather_rows
+from lightning_ted.mesh import Axis
+
+
+def shares(length: int, parts: int) -> list[int]:
+    """``length`` shared out over ``parts`` as evenly as can be: ``shares(7, 3) == [3, 2, 2]``."""
+    return [(length + parts - 1 - index) // parts for index in range(parts)]
+
+
+def share(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """This rank's slice of ``x`` along ``dim``, a view, without a gradient rule of its own."""
+    sizes = shares(x.shape[dim], axis.size)
+    return x.narrow(dim, sum(sizes[: axis.rank]), sizes[axis.rank])
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis, ctx.sizes = dim, axis, shares(x.shape[dim], axis.size)
+        return share(x, dim, axis).contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows = all_gather_rows(grad.movedim(ctx.dim, 0).contiguous(), ctx.sizes, ctx.axis)
+        return rows.movedim(0, ctx.dim), None, None
+
+
+class _Restore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        rows = all_gather_rows(x.movedim(dim, 0).contiguous(), shares(length, axis.size), axis)
+        return rows.movedim(0, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return share(grad, ctx.dim, ctx.axis), None, None, None
+
+
+def drop(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
+    """This rank's share of a replicated tensor along ``dim``."""
+    return x if axis.size == 1 else _Drop.apply(x, dim, axis)
+
+
+def restore(x: Tensor, length: int, axis: Axis, dim: int = 0) -> Tensor:
+    """The replicated tensor of ``length`` along ``dim``, from every rank's share."""
+    return x if axis.size == 1 else _Restore.apply(x, dim, length, axis)

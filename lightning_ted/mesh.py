@@ -1,0 +1,136 @@
+"""From ``Topology`` to process groups and torch's ``DeviceMesh``.
+
+One process group is made for each distinct set of ranks, however many axes use it: where the expert-tensor axis holds the
+same ranks as the tensor axis, both share one communicator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_ted.topology import AXIS_NAMES, AxisName, Topology
+
+
+@dataclass
+class Ledger:
+    """Where the axes of one mesh find the recorder that counts their traffic; ``None`` costs nothing."""
+
+    recorder: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """This rank's group on one axis of the mesh: what a collective needs to know, and all that a module keeps.
+
+    Copies of a module share their axes (a process group cannot be copied), and a pickled axis is a description: it keeps
+    size and rank, and has to be attached to a mesh again before it can communicate.
+    """
+
+    name: str
+    size: int = 1
+    rank: int = 0
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
+    ledger: Ledger = field(default_factory=Ledger, repr=False)
+
+    @property
+    def group_name(self) -> str:
+        """The registered name of the group, as the functional collectives want it."""
+        if self.group is None:
+            raise RuntimeError(f"the {self.name!r} axis of size {self.size} is not attached to a process group.")
+        return self.group.group_name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Axis, (self.name, self.size, self.rank))
+
+
+#: An axis of one rank, on which nothing is ever sent.
+SINGLE = Axis("single")
+
+
+class TEDMesh:
+    """The process groups of one rank, on every axis of a topology.
+
+    Args:
+        topology: The arrangement of the ranks.
+        device_type: ``"cpu"`` or ``"cuda"``: where the meshes' tensors live.
+        timeout: How long a collective may take before it fails.
+
+    ``dense`` is a :class:`~torch.distributed.device_mesh.DeviceMesh` with the axes ``data_parallel`` and
+    ``tensor_parallel``; ``expert`` one with ``expert_data_parallel``, ``expert_parallel`` and ``expert_tensor_parallel``.
+
+    """
+
+    def __init__(self, topology: Topology, device_type: str = "cpu", timeout: timedelta | None = None) -> None:
+        self.topology = topology
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ledger = Ledger()
+        self._device_type = device_type
+        self._timeout = timeout
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        if dist.is_initialized():
+            self._groups[topology.group("world", self.rank)] = dist.group.WORLD  # type: ignore[assignment]
+        self._axes = {name: self._make_axis(name) for name in AXIS_NAMES}
+        self._meshes: dict[str, DeviceMesh] = {}
+
+    def axis(self, name: AxisName) -> Axis:
+        """This rank's group on one axis."""
+        return self._axes[name]
+
+    @property
+    def dense(self) -> DeviceMesh:
+        """The ranks as data x tensor."""
+        shape = (self.topology.data, self.topology.tensor)
+        return self._device_mesh("dense", torch.arange(self.topology.world_size).view(shape), ("data", "tensor"))
+
+    @property
+    def expert(self) -> DeviceMesh:
+        """The ranks as expert-data x expert x expert-tensor."""
+        top = self.topology
+        ranks = torch.arange(top.world_size)
+        if top.order == "expert_first":
+            ranks = ranks.view(top.expert_data, top.expert, top.expert_tensor)
+        else:
+            ranks = ranks.view(top.expert, top.expert_data, top.expert_tensor).transpose(0, 1)
+        return self._device_mesh("expert", ranks, ("expert_data", "expert", "expert_tensor"))
+
+    @contextmanager
+    def recording(self, recorder: Any) -> Iterator[Any]:
+        """Count the collectives of this mesh in ``recorder`` within the context."""
+        before, self.ledger.recorder = self.ledger.recorder, recorder
+        try:
+            yield recorder
+        finally:
+            self.ledger.recorder = before
+
+    def _make_axis(self, name: AxisName) -> Axis:
+        ranks = self.topology.group(name, self.rank)
+        group = self._group(ranks) if len(ranks) > 1 else None
+        return Axis(name, len(ranks), ranks.index(self.rank), group, self.ledger)
+
+    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        if ranks not in self._groups:
+            # Only the members meet to make a group: a world-wide round for each of the world's groups would take
+            # thousands of rounds on a large machine.
+            self._groups[ranks] = dist.new_group(
+                list(ranks), timeout=self._timeout, use_local_synchronization=True, group_desc="ted"
+            )
+        return self._groups[ranks]
+
+    def _device_mesh(self, key: str, ranks: torch.Tensor, axes: tuple[AxisName, ...]) -> DeviceMesh:
+        if key not in self._meshes:
+            # torch's mesh wants a group for every axis, those of one rank included.
+            groups = [self._group(self.topology.group(name, self.rank)) for name in axes]
+            names = tuple(f"{name}_parallel" for name in axes)
+            self._meshes[key] = DeviceMesh.from_group(groups, self._device_type, mesh=ranks, mesh_dim_names=names)
+        return self._meshes[key]

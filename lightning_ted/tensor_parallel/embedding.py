@@ -1,0 +1,48 @@
+"""An embedding whose vocabulary is cut over the tensor ranks."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_ted.collectives.tensor import sum_shards
+from lightning_ted.errors import PlanError
+from lightning_ted.mesh import Axis
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """Each rank looks up the tokens of its part of the vocabulary, zeros elsewhere; the sum is the embedding."""
+
+    axis: Axis
+
+    @classmethod
+    def adopt(cls, embedding: nn.Embedding, axis: Axis, name: str) -> None:
+        """Make ``embedding`` vocabulary-parallel; its weight is cut by the caller.
+
+        Raises:
+            PlanError: For ``max_norm``, ``scale_grad_by_freq`` and ``sparse``, which need the whole vocabulary.
+
+        """
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(embedding, option):
+                raise PlanError(
+                    f"'{name}' has `{option}={getattr(embedding, option)!r}`, which an embedding_rowwise embedding does not "
+                    f"support; leave it out of the plan."
+                )
+        embedding.__class__ = cls
+        embedding.axis = axis  # type: ignore[assignment]
+        embedding.num_embeddings //= axis.size
+        if embedding.padding_idx is not None:
+            padding = embedding.padding_idx - axis.rank * embedding.num_embeddings
+            embedding.padding_idx = padding if 0 <= padding < embedding.num_embeddings else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[...]`` token numbers to ``[..., embedding_dim]``."""
+        local = input - self.axis.rank * self.num_embeddings
+        foreign = (local < 0) | (local >= self.num_embeddings)
+        found = F.embedding(local.masked_fill(foreign, 0), self.weight, None)
+        rows = found.masked_fill(foreign.unsqueeze(-1), 0)
+        if self.padding_idx is not None:
+            # The padding row is looked up but takes no gradient.
+            rows = rows.where((local != self.padding_idx).unsqueeze(-1), rows.detach())
+        return sum_shards(rows, self.axis)

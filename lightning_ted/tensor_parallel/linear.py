@@ -1,0 +1,121 @@
+"""Column- and row-parallel linear layers (arXiv 1909.08053, section 3).
+
+A layer of the model keeps its identity: its class is swapped and its parameters are cut in place, so optimizers, tied
+names and copies of the module stay valid. ``weight`` is ``[out_features, in_features]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_ted.collectives.tensor import copy_to_shards, gather_features, row_linear, split_features
+from lightning_ted.mesh import Axis
+from lightning_ted.tensor_parallel.randomness import ShardRandomness
+from lightning_ted.tensor_parallel.sequence import SequenceRegion
+
+
+class ShardedRegion:
+    """What the column- and row-parallel layers of one parent share: their input, and random numbers of their own.
+
+    Column-parallel siblings that read the same tensor (query, key, value; gate, up) hand it over once, so their gradients
+    for it are added before the one all-reduce; with sequence parallelism it is gathered once, too.
+    """
+
+    def __init__(self, axis: Axis, sequence: SequenceRegion | None, readers: int, random: bool) -> None:
+        self.axis = axis
+        self.sequence = sequence
+        self._readers = readers
+        # Inside a sequence-parallel stack every tensor is split, and the stack has switched already.
+        self._randomness = ShardRandomness(axis) if random and sequence is None else None
+        self._key: tuple[Any, ...] | None = None
+        self._shared: Tensor | None = None
+        self._reads = 0
+
+    def enter(self, x: Tensor, training: bool) -> Tensor:
+        """The input of a column-parallel layer, handed over to the shards once for all siblings that read it."""
+        if training and self._randomness is not None:
+            self._randomness.enter(x.device)
+        if self._readers == 1:
+            return self._hand_over(x)
+        version = None if x.is_inference() else x._version
+        # The tensor itself is held, not its id: an id may be used again.
+        if self._key is None or self._key[0] is not x or self._key[1:] != (version, x.requires_grad):
+            self._key, self._shared, self._reads = (x, version, x.requires_grad), self._hand_over(x), 0
+        shared = self._shared
+        assert shared is not None
+        self._reads += 1
+        if self._reads == self._readers:
+            self._forget()
+        return shared
+
+    def leave(self) -> None:
+        """What follows works on replicated tensors (or split tokens) again."""
+        if self._randomness is not None:
+            self._randomness.leave()
+
+    def close(self, *_: Any) -> None:
+        """Forward hook of the parent: nothing outlives a forward, however it ended."""
+        self._forget()
+        self.leave()
+
+    def _hand_over(self, x: Tensor) -> Tensor:
+        return copy_to_shards(x, self.axis) if self.sequence is None else self.sequence.gather(x)
+
+    def _forget(self) -> None:
+        self._key = self._shared = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRegion:
+        copy = ShardedRegion(self.axis, self.sequence, self._readers, self._randomness is not None)
+        memo[id(self)] = copy
+        return copy
+
+
+class ColumnParallelLinear(nn.Linear):
+    """Each rank holds some output features: ``y_t = x @ weight_t.T + bias_t``."""
+
+    region: ShardedRegion
+    gather_output: bool
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, region: ShardedRegion, gather_output: bool) -> None:
+        """Make ``linear`` column-parallel; its parameters are cut by the caller."""
+        linear.__class__ = cls
+        linear.region, linear.gather_output = region, gather_output  # type: ignore[assignment]
+        linear.out_features //= region.axis.size
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features / t]``, or all features where the output is gathered."""
+        output = F.linear(self.region.enter(input, self.training), self.weight, self.bias)
+        if not self.gather_output:
+            return output
+        self.region.leave()
+        return gather_features(output, self.region.axis)
+
+
+class RowParallelLinear(nn.Linear):
+    """Each rank holds some input features: ``y = sum_t x_t @ weight_t.T + bias``."""
+
+    region: ShardedRegion
+    split_input: bool
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear, region: ShardedRegion, split_input: bool) -> None:
+        """Make ``linear`` row-parallel; its parameters are cut by the caller."""
+        linear.__class__ = cls
+        linear.region, linear.split_input = region, split_input  # type: ignore[assignment]
+        linear.in_features //= region.axis.size
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., in_features / t] -> [..., out_features]``."""
+        axis, sequence = self.region.axis, self.region.sequence
+        self.region.leave()
+        if self.split_input:
+            input = split_features(input if sequence is None else sequence.gather(input), axis)
+        if sequence is None:
+            output = row_linear(input, self.weight, axis)
+        else:
+            output = sequence.scatter(F.linear(input, self.weight))
+        return output if self.bias is None else output + self.bias

@@ -1,0 +1,47 @@
+"""Tensor + expert + data parallel training of mixture-of-experts models, as a Lightning strategy.
+
+The front door: names only, each imported when it is first used, so that ``import lightning_ted`` loads neither torch nor
+Lightning. It makes ``Trainer(strategy="ted")`` known, whichever of the two packages is imported first.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lightning_ted.strategy.registry import register_lazily
+
+if TYPE_CHECKING:
+    from lightning_ted.callbacks import ExpertLoad as ExpertLoad
+    from lightning_ted.moe import MoE as MoE
+    from lightning_ted.moe import TopKRouter as TopKRouter
+    from lightning_ted.moe import auxiliary_loss as auxiliary_loss
+    from lightning_ted.moe import expert_counts as expert_counts
+    from lightning_ted.strategy.ted import TEDStrategy as TEDStrategy
+    from lightning_ted.topology import Topology as Topology
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "TEDStrategy": "lightning_ted.strategy.ted",
+    "MoE": "lightning_ted.moe",
+    "TopKRouter": "lightning_ted.moe",
+    "auxiliary_loss": "lightning_ted.moe",
+    "expert_counts": "lightning_ted.moe",
+    "ExpertLoad": "lightning_ted.callbacks",
+    "Topology": "lightning_ted.topology",
+}
+
+__all__ = ["ExpertLoad", "MoE", "TEDStrategy", "TopKRouter", "Topology", "auxiliary_loss", "expert_counts"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+register_lazily()

@@ -1,0 +1,51 @@
+"""How evenly the router spreads the tokens over the experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_ted.moe import expert_counts
+
+
+def imbalance(counts_E: Tensor) -> float:
+    """Load of the busiest expert in multiples of the mean load: 1 is perfect, the number of experts is the worst."""
+    total = float(counts_E.sum())
+    return float(counts_E.max()) * counts_E.numel() / total if total else 1.0
+
+
+class ExpertLoadMonitor(Callback):
+    """Show the load of the busiest expert, in multiples of the mean load.
+
+    Logs ``expert_load/<name of the layer>`` for every MoE layer, and the largest of them as ``expert_load`` in the progress
+    bar. Counts are those of the last forward of the step, summed over all ranks.
+
+    Args:
+        every_n_steps: How often to look, in optimizer steps; None for the Trainer's ``log_every_n_steps``. Each look is one
+            small all-reduce per layer.
+
+    """
+
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"`every_n_steps={every_n_steps}` must be at least 1, or None.")
+        self.every_n_steps = every_n_steps
+        self._last_step = 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # With gradient accumulation several batches end at the same step; the last step is kept so as to look once.
+        step = trainer.global_step
+        every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
+        if step == self._last_step or step % every:
+            return
+        self._last_step = step
+        loads = {name: imbalance(counts_E) for name, counts_E in expert_counts(pl_module).items()}
+        if loads:
+            pl_module.log_dict({f"expert_load/{name}": load for name, load in loads.items()})
+            pl_module.log("expert_load", max(loads.values()), prog_bar=True)

@@ -1,0 +1,72 @@
+"""Routers: pure functions of tokens. They know neither ranks nor capacity."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_ted.moe.routing import Routing
+
+
+class TopKRouter(nn.Module):
+    """Routes every token to its ``top_k`` highest-scoring experts.
+
+    Logits and scores are computed in fp32 whatever the precision of the tokens: 16-bit scores tie, and ties route differently.
+
+    Args:
+        d_model: Width of the tokens.
+        num_experts: Number of experts.
+        top_k: Experts per token.
+        score: ``"softmax"`` over all experts, or an independent ``"sigmoid"`` of each logit.
+        normalize_top_k: Divide a token's weights by their sum. Top-1 with softmax scores is never normalised, its weight being
+            the only path of a gradient to the router.
+
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_experts: int,
+        top_k: int = 2,
+        score: Literal["softmax", "sigmoid"] = "softmax",
+        normalize_top_k: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise ValueError(f"`top_k={top_k}` must lie between 1 and `num_experts={num_experts}`.")
+        if score not in ("softmax", "sigmoid"):
+            raise ValueError(f"`score={score!r}` is unknown; choose 'softmax' or 'sigmoid'.")
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.score = score
+        self.normalize_top_k = normalize_top_k and top_k > 1
+        self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as :class:`torch.nn.Linear` does."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, tokens_TD: Tensor) -> Routing:
+        """Choose experts for ``tokens_TD`` ``[T, D]``."""
+        with torch.autocast(tokens_TD.device.type, enabled=False):
+            dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
+            logits_TE = F.linear(tokens_TD.to(dtype), self.weight.to(dtype))
+            if self.score == "softmax":
+                scores_TE = logits_TE.softmax(-1)
+                chosen_TE = scores_TE
+            else:
+                chosen_TE = logits_TE.sigmoid()
+                scores_TE = chosen_TE / chosen_TE.sum(-1, keepdim=True)
+            weight_TK, expert_TK = chosen_TE.topk(self.top_k, dim=-1)
+            if self.normalize_top_k:
+                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        return Routing(expert_TK, weight_TK, scores_TE, logits_TE)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, top_k={self.top_k}, score={self.score}"

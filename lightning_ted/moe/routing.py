@@ -1,0 +1,25 @@
+"""What a router decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts take which tokens, and how their outputs are weighed.
+
+    Attributes:
+        expert_TK: Expert numbers, int64. ``num_experts`` stands for "none": the choice is not routed.
+        weight_TK: Weights of the experts' outputs, differentiable.
+        scores_TE: The router's normalised scores, for the load-balancing loss, fp32.
+        logits_TE: The router's logits, for the z-loss, fp32.
+
+    """
+
+    expert_TK: Tensor
+    weight_TK: Tensor
+    scores_TE: Tensor
+    logits_TE: Tensor

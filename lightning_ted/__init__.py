@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_ted.strategy.registry import register_lazily
 
 if TYPE_CHECKING:
-    from lightning_ted.callbacks import ExpertLoad as ExpertLoad
+    from lightning_ted.callbacks import ExpertLoadMonitor as ExpertLoadMonitor
+    from lightning_ted.callbacks import TokenThroughput as TokenThroughput
     from lightning_ted.moe import MoE as MoE
     from lightning_ted.moe import TopKRouter as TopKRouter
     from lightning_ted.moe import auxiliary_loss as auxiliary_loss
@@ -26,11 +27,21 @@ _HOME = {
     "TopKRouter": "lightning_ted.moe",
     "auxiliary_loss": "lightning_ted.moe",
     "expert_counts": "lightning_ted.moe",
-    "ExpertLoad": "lightning_ted.callbacks",
+    "ExpertLoadMonitor": "lightning_ted.callbacks",
+    "TokenThroughput": "lightning_ted.callbacks",
     "Topology": "lightning_ted.topology",
 }
 
-__all__ = ["ExpertLoad", "MoE", "TEDStrategy", "TopKRouter", "Topology", "auxiliary_loss", "expert_counts"]
+__all__ = [
+    "ExpertLoadMonitor",
+    "MoE",
+    "TEDStrategy",
+    "TokenThroughput",
+    "TopKRouter",
+    "Topology",
+    "auxiliary_loss",
+    "expert_counts",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,4 @@ class CheckingLauncher(SubprocessScriptLauncher):
     def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         module = next((arg for arg in args if isinstance(arg, pl.LightningModule)), None)
         self._check(module)
-        if not self.cluster_environment.creates_processes_externally and self.procs:
-            # A second run of the same Trainer (fit, then test): the processes are there.
-            return function(*args, **kwargs)
         return super().launch(function, *args, trainer=trainer, **kwargs)

@@ -1,0 +1,38 @@
+"""The part of the mesh that a MoE layer works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_ted.mesh import Axis
+
+
+@dataclass(frozen=True)
+class MoEAxes:
+    """Where a MoE layer's tokens and experts are.
+
+    Attributes:
+        world, data, tensor: Axes of the tokens.
+        expert, expert_tensor: Axes of the experts.
+        drop_duplicates: Tensor ranks, which hold the same tokens, each route and dispatch only their share (DTD).
+        sequence_split: The tokens arrive split over the tensor axis already (sequence parallelism).
+
+    """
+
+    world: Axis
+    data: Axis
+    tensor: Axis
+    expert: Axis
+    expert_tensor: Axis
+    drop_duplicates: bool = True
+    sequence_split: bool = False
+
+    @property
+    def drops(self) -> bool:
+        """Whether the layer splits its tokens itself."""
+        return self.drop_duplicates and not self.sequence_split and self.tensor.size > 1
+
+    @property
+    def tokens_are_split(self) -> bool:
+        """Whether tensor ranks route different tokens."""
+        return self.tensor.size > 1 and (self.drop_duplicates or self.sequence_split)

@@ -1,0 +1,163 @@
+"""The experts of one layer: one fused weight for all of them, multiplied group by group."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_ted.mesh import SINGLE, Axis
+
+Activation = Literal["swiglu", "gelu", "relu"]
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}
+
+
+class Experts(nn.Module):
+    """Feed-forward networks of equal shape, ``num_experts`` of them.
+
+    ``swiglu``: ``down(silu(gate(x)) * up(x))``, weights ``gate_up_proj [E, 2F, D]`` and ``down_proj [E, D, F]``;
+    ``gelu`` and ``relu``: ``down(act(up(x)))``, weights ``up_proj [E, F, D]`` and ``down_proj [E, D, F]``.
+
+    Args:
+        num_experts: Number of experts.
+        d_model: Width of the tokens.
+        d_ff: Hidden width of an expert.
+        activation: ``"swiglu"``, ``"gelu"`` or ``"relu"``.
+        bias: Add biases to both projections.
+
+    """
+
+    def __init__(
+        self, num_experts: int, d_model: int, d_ff: int, activation: Activation = "swiglu", bias: bool = False
+    ) -> None:
+        super().__init__()
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"`activation={activation!r}` is unknown; choose one of {', '.join(_ACTIVATIONS)}.")
+        for argument, value in (("num_experts", num_experts), ("d_model", d_model), ("d_ff", d_ff)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{argument}={value!r}` must be a positive whole number.")
+        self.num_experts = num_experts
+        self.d_model = d_model
+        self.d_ff = d_ff
+        self.activation = activation
+        # Where the hidden width is cut; set by a strategy.
+        self.tensor_axis: Axis = SINGLE
+        hidden = 2 * d_ff if activation == "swiglu" else d_ff
+        self.up_name = "gate_up_proj" if activation == "swiglu" else "up_proj"
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(num_experts, hidden, d_model)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
+        up_bias = nn.Parameter(torch.empty(num_experts, hidden)) if bias else None
+        self.register_parameter(f"{self.up_name}_bias", up_bias)
+        self.register_parameter("down_proj_bias", nn.Parameter(torch.empty(num_experts, d_model)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise every expert as :class:`torch.nn.Linear` does, each differently."""
+        for name, fan_in in ((self.up_name, self.d_model), ("down_proj", self.d_ff)):
+            for suffix in ("", "_bias"):
+                parameter = getattr(self, name + suffix)
+                if parameter is not None:
+                    nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    def forward(self, rows_ND: Tensor, counts_e: Tensor) -> Tensor:
+        """Run every expert on its rows.
+
+        Args:
+            rows_ND: Rows in expert order ``[N, D]``.
+            counts_e: Number of rows of each local expert, adding up to ``N``; int64, on the rows' device.
+
+        Returns:
+            ``[N, D]``; a partial result, to be summed over the expert-tensor axis, where the hidden width is cut.
+
+        """
+        up, up_bias = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
+        groups = Groups(counts_e, rows_ND.shape[0])
+        hidden_NF = groups.bias(groups.linear(rows_ND, up), up_bias)
+        act = _ACTIVATIONS[self.activation]
+        if self.activation == "swiglu":
+            gate_NF, value_NF = hidden_NF.chunk(2, -1)
+            hidden_NF = act(gate_NF) * value_NF
+        else:
+            hidden_NF = act(hidden_NF)
+        return groups.bias(groups.linear(hidden_NF, self.down_proj), self.down_proj_bias, self.tensor_axis)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, d_model={self.d_model}, d_ff={self.d_ff}, activation={self.activation}"
+
+
+class Groups:
+    """Consecutive rows grouped by expert."""
+
+    def __init__(self, counts_e: Tensor, rows: int) -> None:
+        self._counts_e = counts_e
+        self._rows = rows
+        self._offsets_e = counts_e.cumsum(0).to(torch.int32)
+        self._sizes: list[int] | None = None
+
+    def linear(self, rows_NI: Tensor, weight_eOI: Tensor) -> Tensor:
+        """``rows @ weight[expert].T``: one grouped GEMM, or a loop over the experts where that cannot be used."""
+        if torch.is_autocast_enabled(rows_NI.device.type):
+            dtype = torch.get_autocast_dtype(rows_NI.device.type)
+            rows_NI, weight_eOI = rows_NI.to(dtype), weight_eOI.to(dtype)
+        obstacle = grouped_gemm_obstacle(rows_NI, weight_eOI)
+        if self._rows and obstacle is None:
+            return _ContiguousGrad.apply(
+                F.grouped_mm(rows_NI.contiguous(), weight_eOI.transpose(-2, -1), offs=self._offsets_e)
+            )
+        if obstacle is not None:
+            _warn_slow(obstacle)
+        if self._sizes is None:
+            self._sizes = self._counts_e.tolist() if self._rows else [0] * len(weight_eOI)
+        # unbind, not indexing: the gradient of an index is as large as the whole weight, once for each expert.
+        pieces = zip(rows_NI.split(self._sizes), weight_eOI.unbind(0), strict=True)
+        return torch.cat([F.linear(piece, weight) for piece, weight in pieces])
+
+    def bias(self, rows_NO: Tensor, bias_eO: Tensor | None, cut: Axis = SINGLE) -> Tensor:
+        """Add each row's expert's bias; one that is cut over ``cut`` adds to this rank's features only."""
+        if bias_eO is None:
+            return rows_NO
+        each_NO = bias_eO.repeat_interleave(self._counts_e, dim=0, output_size=self._rows).to(rows_NO.dtype)
+        if cut.size > 1:
+            width = bias_eO.shape[1]
+            each_NO = F.pad(each_NO, (cut.rank * width, (cut.size - 1 - cut.rank) * width))
+        return rows_NO + each_NO
+
+
+class _ContiguousGrad(torch.autograd.Function):
+    """The grouped GEMM's gradient refuses expanded tensors, such as that of ``sum()``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+
+def grouped_gemm_obstacle(rows_NI: Tensor, weight_eOI: Tensor) -> str | None:
+    """Why torch's grouped GEMM cannot multiply these, or None if it can."""
+    dtype, device = rows_NI.dtype, rows_NI.device
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it has no kernel for {dtype}"
+    if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "on CUDA it wants bfloat16 and compute capability 8.0"
+    for width in weight_eOI.shape[1:]:
+        if width * dtype.itemsize % 16:
+            return f"a row of {width} elements of {dtype} is not a multiple of 16 bytes"
+    return None
+
+
+@cache
+def _warn_slow(obstacle: str) -> None:
+    warnings.warn(
+        f"The experts are multiplied one by one, because the grouped GEMM cannot be used: {obstacle}. Results are the same, "
+        "slower where experts are many.",
+        stacklevel=2,
+    )

@@ -1,0 +1,77 @@
+"""When gradients are summed: after each backward pass, unless it is one of several that accumulate.
+
+Note [Gradients that are summed already]
+    Two backward passes may add into the same gradients without a step in between: accumulation by hand, or two losses of one
+    ``training_step``. The second sum then runs over values that the first has summed. For a dense gradient that changes
+    nothing (the mean of equal values); but a sum over the world divided by the data-parallel degree would multiply it by the
+    tensor-parallel degree, and that of an expert by ``expert_data / data``. So before a pass adds to it, a summed gradient is
+    divided by that factor, which the next sum restores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn import Parameter
+
+from lightning_ted.layout import ParamLayout
+from lightning_ted.topology import Topology
+
+NamedParameters = list[tuple[str, Parameter]]
+
+
+class BackwardSync:
+    """Decides when to reduce, and keeps a second sum from counting the first one twice.
+
+    Args:
+        reduce: Sums and divides the gradients of the parameters that it is given, over the ranks of their families.
+        layouts: The layout of every parameter, by qualified name.
+        topology: The arrangement of the ranks.
+
+    """
+
+    def __init__(
+        self,
+        reduce: Callable[[NamedParameters], None],
+        layouts: dict[str, ParamLayout],
+        topology: Topology,
+    ) -> None:
+        self._reduce = reduce
+        self._layouts = layouts
+        self._factor_of = {
+            "dense": 1.0,
+            "partial": float(topology.tensor),
+            "expert": topology.expert_data / topology.data,
+        }
+        self._blocked = False
+        self._summed: set[int] = set()
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Backward passes within the context accumulate locally."""
+        before, self._blocked = self._blocked, True
+        try:
+            yield
+        finally:
+            self._blocked = before
+
+    @torch.no_grad()
+    def before_backward(self, parameters: NamedParameters) -> None:
+        """To be called before a pass that adds to the gradients of ``parameters``."""
+        for name, parameter in parameters:
+            if id(parameter) not in self._summed:
+                continue
+            self._summed.discard(id(parameter))
+            layout = self._layouts.get(name)
+            factor = 1.0 if layout is None else self._factor_of[layout.family]
+            if parameter.grad is not None and factor != 1.0:
+                parameter.grad.div_(factor)
+
+    def after_backward(self, parameters: NamedParameters) -> None:
+        """To be called after the pass, with the same ``parameters``: sums, unless blocked."""
+        if self._blocked:
+            return
+        self._reduce(parameters)
+        self._summed.update(id(parameter) for _, parameter in parameters)

@@ -16,6 +16,7 @@ class Routing:
         weight_TK: Weights of the experts' outputs, differentiable.
         scores_TE: The router's normalised scores, for the load-balancing loss, fp32.
         logits_TE: The router's logits, for the z-loss, fp32.
+        may_drop: Whether some choices may be "none", so that the number of routed rows is not simply T * K.
 
     """
 
@@ -23,3 +24,4 @@ class Routing:
     weight_TK: Tensor
     scores_TE: Tensor
     logits_TE: Tensor
+    may_drop: bool = False

@@ -1,0 +1,169 @@
+"""Averaging gradients over the ranks, by family and bucket.
+
+The gradient of a parameter is summed over the ranks that saw different tokens for the same element, and divided by the
+data-parallel degree, expert or not: an expert receives rows from many ranks, but each of their losses is a mean over one data
+rank's batch (DeepSpeed-MoE, arXiv 2201.05596: "reduced over expert-data, divided by data").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lightning_ted.collectives.primitives import all_reduce_, start_all_reduce_, wait
+from lightning_ted.errors import PlanError
+from lightning_ted.layout import Family, ParamLayout
+from lightning_ted.mesh import Axis, TEDMesh
+from lightning_ted.topology import AxisName
+
+#: Over which axis a family's gradients are summed.
+FAMILY_AXES: dict[Family, AxisName] = {"dense": "data", "partial": "world", "expert": "expert_data"}
+#: Elements of one bucket.
+BUCKET_SIZE = 2**23
+#: Relative difference of a replicated parameter's gradients on tensor ranks above which its plan is wrong.
+REPLICA_TOLERANCE = 1e-3
+
+NamedParameters = Sequence[tuple[str, Parameter]]
+
+
+@dataclass
+class _Bucket:
+    """Gradients of one family, dtype and device, flat, with one flag for each parameter behind them."""
+
+    parameters: list[Parameter]
+    flat: Tensor
+
+    @classmethod
+    def fill(cls, parameters: list[Parameter]) -> _Bucket:
+        total = sum(parameter.numel() for parameter in parameters)
+        flat = parameters[0].new_zeros(total + len(parameters))
+        views = cls._views(flat, parameters)
+        present = [(view, p.grad, index) for index, (view, p) in enumerate(zip(views, parameters, strict=True)) if p.grad is not None]
+        if present:
+            torch._foreach_copy_([view for view, _, _ in present], [grad for _, grad, _ in present])
+            flags = flat[total:]
+            if len(present) == len(parameters):
+                flags.fill_(1)
+            else:
+                flags[[index for _, _, index in present]] = 1
+        return cls(parameters, flat)
+
+    def hand_out(self, divisor: int) -> None:
+        """Make the reduced gradients the parameters' gradients, without a copy."""
+        total = sum(parameter.numel() for parameter in self.parameters)
+        self.flat[:total].div_(divisor)
+        flags: list[float] | None = None
+        for index, (view, parameter) in enumerate(zip(self._views(self.flat, self.parameters), self.parameters, strict=True)):
+            if parameter.grad is None:
+                # Read on the host only where this rank has no gradient: another rank may have one.
+                flags = self.flat[total:].tolist() if flags is None else flags
+                if flags[index] == 0:
+                    continue
+            parameter.grad = view
+
+    @staticmethod
+    def _views(flat: Tensor, parameters: list[Parameter]) -> list[Tensor]:
+        pieces = flat.split([p.numel() for p in parameters] + [len(parameters)])
+        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=False)]
+
+
+class GradientReducer:
+    """Averages gradients over the mesh.
+
+    Args:
+        mesh: The mesh.
+        layouts: Qualified parameter name to layout.
+        expert_duplicates: How many times every token reaches its expert: more than once where tensor ranks dispatch the same
+            tokens to an expert that is not cut over them.
+
+    """
+
+    def __init__(self, mesh: TEDMesh, layouts: Mapping[str, ParamLayout], expert_duplicates: int = 1) -> None:
+        self._mesh = mesh
+        self._layouts = layouts
+        self._expert_duplicates = expert_duplicates
+        self._audited: set[str] = set()
+
+    @torch.no_grad()
+    def reduce(self, named_parameters: NamedParameters) -> None:
+        """Average the gradients of all trainable parameters, in place; every rank calls it with the same names.
+
+        A parameter without a gradient on this rank takes part with zeros, and gets one if another rank has one.
+
+        Raises:
+            PlanError: On the first step with a parameter, if it is replicated over the tensor ranks and they disagree.
+
+        """
+        named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+        families: dict[Family, list[Parameter]] = {"dense": [], "partial": [], "expert": []}
+        for name, parameter in named:
+            families[self._layouts[name].family].append(parameter)
+        started: list[tuple[_Bucket, int, Tensor]] = []
+        for family, parameters in families.items():
+            axis, divisor = self._mesh.axis(FAMILY_AXES[family]), self._divisor(family)
+            if axis.size == 1:
+                grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                if divisor > 1 and grads:
+                    torch._foreach_div_(grads, divisor)
+                continue
+            for group in _buckets(parameters):
+                bucket = _Bucket.fill(group)
+                started.append((bucket, divisor, start_all_reduce_(bucket.flat, axis)))
+        for bucket, divisor, pending in started:
+            wait(pending)
+            bucket.hand_out(divisor)
+        self._audit([(name, parameter) for name, parameter in named if name not in self._audited])
+
+    def _divisor(self, family: Family) -> int:
+        data = self._mesh.topology.data
+        return data * self._expert_duplicates if family == "expert" else data
+
+    def _audit(self, named: NamedParameters) -> None:
+        """Compare the gradients of replicated parameters over the tensor ranks, the first time they are seen."""
+        tensor = self._mesh.axis("tensor")
+        self._audited |= {name for name, _ in named}
+        replicated = [(name, p) for name, p in named if self._is_replica(self._layouts[name], tensor)]
+        if tensor.size == 1 or not replicated:
+            return
+        wrong = []
+        for name, parameter in replicated:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            highest = all_reduce_(torch.stack([grad, -grad]).double(), tensor, "max")
+            spread, size = (highest[0] + highest[1]).max(), highest.abs().max()
+            wrong.append(spread > REPLICA_TOLERANCE * size)
+        # One decision for the whole world, so that all ranks stop together.
+        found = all_reduce_(torch.stack(wrong).int(), self._mesh.axis("world"), "max").tolist()
+        names = [name for (name, _), bad in zip(replicated, found, strict=True) if bad]
+        if names:
+            raise PlanError(
+                f"Parameters that are replicated over the tensor ranks got different gradients on them: {', '.join(names)}. They "
+                "see split features, so each rank holds only a part of their gradient. Add them to the plan: "
+                f"`tensor_parallel_plan={{..., '{names[0]}': 'replicated_with_grad_allreduce'}}`. (If all of them are listed, the "
+                "tensor ranks may be reading different batches.)"
+            )
+
+    @staticmethod
+    def _is_replica(layout: ParamLayout, tensor: Axis) -> bool:
+        return layout.family == "dense" and not layout.cuts
+
+
+def _buckets(parameters: list[Parameter]) -> Iterator[list[Parameter]]:
+    """Parameters of one dtype and device, in buckets of about BUCKET_SIZE elements."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Parameter]] = {}
+    for parameter in parameters:
+        kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    for members in kinds.values():
+        bucket: list[Parameter] = []
+        filled = 0
+        for parameter in members:
+            bucket.append(parameter)
+            filled += parameter.numel()
+            if filled >= BUCKET_SIZE:
+                yield bucket
+                bucket, filled = [], 0
+        if bucket:
+            yield bucket

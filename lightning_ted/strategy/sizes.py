@@ -1,0 +1,97 @@
+"""From the strategy's arguments to a topology, checked against the model before any process is started."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from lightning_ted.errors import LayoutError
+from lightning_ted.moe import MoE
+from lightning_ted.tensor_parallel.apply import check_heads, head_counts
+from lightning_ted.tensor_parallel.plan import Style, collect_plan, expand_plan
+from lightning_ted.topology import RankOrder, Topology, divisors, listed
+
+Size = int | Literal["auto"]
+
+
+def moe_layers(module: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a module by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
+
+
+def module_styles(
+    module: nn.Module, plan: Literal["auto"] | Mapping[str, str], complete: bool = True
+) -> dict[str, Style]:
+    """The plan for a module, its own where ``plan`` is "auto", matched with its names."""
+    return expand_plan(module, collect_plan(module) if plan == "auto" else plan, complete)
+
+
+def resolve_sizes(
+    module: nn.Module | None,
+    world_size: int,
+    devices_per_node: int,
+    tensor: Size,
+    expert: Size,
+    expert_tensor: int | None,
+    order: RankOrder,
+    plan: Literal["auto"] | Mapping[str, str],
+    complete: bool = True,
+) -> Topology:
+    """The topology that the arguments ask for.
+
+    Args:
+        module: The model, as far as it has been built; None where there is none yet.
+        world_size: Number of ranks.
+        devices_per_node: Ranks on one node, which an automatic tensor-parallel degree does not leave.
+        tensor: Tensor-parallel degree.
+        expert: Expert-parallel degree.
+        expert_tensor: Expert-tensor degree; None for ``tensor``.
+        order: Rank order.
+        plan: Tensor-parallel plan.
+        complete: False while the model has layers still to build.
+
+    Raises:
+        LayoutError, PlanError: If a size does not fit the world or the model.
+
+    """
+    layers = {} if module is None else moe_layers(module)
+    styles = {} if module is None else module_styles(module, plan, complete)
+    if tensor == "auto":
+        heads = math.gcd(*head_counts(module, styles).values()) if module is not None and styles else 1
+        limit = math.gcd(world_size, devices_per_node)
+        # A plan without heads says nothing about what divides: then nothing is cut.
+        tensor = max(divisors(math.gcd(heads, limit))) if heads else 1
+    expert_tensor = tensor if expert_tensor is None else expert_tensor
+    experts = math.gcd(*(layer.num_experts for layer in layers.values()))
+    base = Topology(world_size, tensor, 1, expert_tensor, order)
+    if expert == "auto":
+        expert = math.gcd(experts, base.expert_data) if experts else 1
+    topology = Topology(world_size, tensor, expert, expert_tensor, order)
+    for name, layer in layers.items():
+        _check_layer(name, layer, topology)
+    if module is not None and tensor > 1:
+        check_heads(module, styles, tensor)
+    return topology
+
+
+def _check_layer(name: str, layer: MoE, topology: Topology) -> None:
+    if layer.axes is not None:
+        return
+    experts = layer.num_experts
+    if experts % topology.expert:
+        raise LayoutError(
+            f"`expert_parallel_size={topology.expert}` does not divide the {experts} experts of MoE layer '{name}'; choose one of "
+            f"{listed(divisors(math.gcd(experts, topology.world_size // topology.expert_tensor)))}."
+        )
+    width = layer.experts.d_ff
+    if layer.experts.down_proj_bias is not None:
+        width = math.gcd(width, layer.experts.d_model)
+    if width % topology.expert_tensor:
+        raise LayoutError(
+            f"`expert_tensor_parallel_size={topology.expert_tensor}` does not divide the width {width} of the experts of MoE layer "
+            f"'{name}' (d_ff={layer.experts.d_ff}, d_model={layer.experts.d_model}); choose one of "
+            f"{listed(divisors(math.gcd(width, topology.tensor)))}."
+        )

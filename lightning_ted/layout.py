@@ -1,6 +1,7 @@
 """How one parameter is cut over the mesh.
 
-A layout speaks of the global tensor and of mesh axes, never of a rank; a rank's part follows from its index on each axis.
+A layout speaks of the global tensor and of mesh axes, never of a rank; a rank's part follows from its index on each
+axis.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class ParamLayout:
         name: Qualified name in the LightningModule.
         global_shape: Shape of the whole tensor, as one process would hold it.
         cuts: The dimensions that are shared out, on distinct dimensions and axes.
-        family: Over which ranks its gradient is summed. ``"dense"``: the data axis. ``"partial"``: the whole world, because
+        family: Over which ranks its gradient is summed. ``"dense"``: the data axis. ``"partial"``: the whole world,
+        because
             each tensor rank saw only its share of the tokens (or of the heads). ``"expert"``: the expert-data axis.
             All are then divided by the data-parallel degree.
         replication: On how many ranks each element lives.

@@ -1,6 +1,7 @@
 """From ``Topology`` to process groups and torch's ``DeviceMesh``.
 
-One process group is made for each distinct set of ranks, however many axes use it: where the expert-tensor axis holds the
+One process group is made for each distinct set of ranks, however many axes use it: where the expert-tensor axis holds
+the
 same ranks as the tensor axis, both share one communicator.
 """
 
@@ -30,7 +31,8 @@ class Ledger:
 class Axis:
     """This rank's group on one axis of the mesh: what a collective needs to know, and all that a module keeps.
 
-    Copies of a module share their axes (a process group cannot be copied), and a pickled axis is a description: it keeps
+    Copies of a module share their axes (a process group cannot be copied), and a pickled axis is a description: it
+    keeps
     size and rank, and has to be attached to a mesh again before it can communicate.
     """
 
@@ -67,7 +69,8 @@ class TEDMesh:
         timeout: How long a collective may take before it fails.
 
     ``dense`` is a :class:`~torch.distributed.device_mesh.DeviceMesh` with the axes ``data_parallel`` and
-    ``tensor_parallel``; ``expert`` one with ``expert_data_parallel``, ``expert_parallel`` and ``expert_tensor_parallel``.
+    ``tensor_parallel``; ``expert`` one with ``expert_data_parallel``, ``expert_parallel`` and
+    ``expert_tensor_parallel``.
 
     """
 

@@ -20,11 +20,13 @@ def imbalance(counts_E: Tensor) -> float:
 class ExpertLoadMonitor(Callback):
     """Show the load of the busiest expert, in multiples of the mean load.
 
-    Logs ``expert_load/<name of the layer>`` for every MoE layer, and the largest of them as ``expert_load`` in the progress
+    Logs ``expert_load/<name of the layer>`` for every MoE layer, and the largest of them as ``expert_load`` in the
+    progress
     bar. Counts are those of the last forward of the step, summed over all ranks.
 
     Args:
-        every_n_steps: How often to look, in optimizer steps; None for the Trainer's ``log_every_n_steps``. Each look is one
+        every_n_steps: How often to look, in optimizer steps; None for the Trainer's ``log_every_n_steps``. Each look is
+        one
             small all-reduce per layer.
 
     """

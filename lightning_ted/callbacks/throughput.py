@@ -17,7 +17,8 @@ from typing_extensions import override
 def count_tokens(batch: Any) -> int:
     """Number of elements of the first integer tensor in ``batch``: by custom, the token ids.
 
-    Looks into mappings under ``input_ids`` first, then into mappings and sequences in their order; 0 where there is none.
+    Looks into mappings under ``input_ids`` first, then into mappings and sequences in their order; 0 where there is
+    none.
     """
     if isinstance(batch, Tensor):
         is_index = not (batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool)
@@ -43,7 +44,8 @@ def data_parallel_size(trainer: Trainer) -> int:
 class TokenThroughput(Callback):
     """Show the training speed of the whole job, in tokens per second, in the progress bar and the logs.
 
-    The tokens of a batch are counted on this rank and multiplied by the number of data-parallel ranks; tensor-parallel ranks
+    The tokens of a batch are counted on this rank and multiplied by the number of data-parallel ranks; tensor-parallel
+    ranks
     share a batch. Validation does not count as time.
 
     Args:

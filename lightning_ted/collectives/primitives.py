@@ -1,6 +1,7 @@
 """The collectives themselves, without gradients.
 
-They are torch's functional collectives called as raw operators: the same on every torch from 2.10, and visible to selective
+They are torch's functional collectives called as raw operators: the same on every torch from 2.10, and visible to
+selective
 checkpointing, fake tensors and ``torch.compile``. A group of one rank communicates nothing and launches nothing.
 """
 
@@ -79,8 +80,10 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
 def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
     """The sum over ranks of this rank's rows: ``[sum(sizes), ...] -> [sizes[rank], ...]``; the sizes may differ.
 
-    Sent as an all-to-all and summed here in rank order: the same bytes as a reduce-scatter, exact sizes, and sums in the
-    precision of the arithmetic rather than of the backend (gloo's own is an all-reduce inside and adds 16-bit in 16-bit).
+    Sent as an all-to-all and summed here in rank order: the same bytes as a reduce-scatter, exact sizes, and sums in
+    the
+    precision of the arithmetic rather than of the backend (gloo's own is an all-reduce inside and adds 16-bit in
+    16-bit).
     """
     if axis.size == 1:
         return rows

@@ -1,9 +1,11 @@
 """Duplicate token dropping (DTD): tensor ranks hold the same tokens; each keeps only its share.
 
 ``drop``:    forward: this rank's slice of ``x``;  gradient: ``[dx_0 .. dx_n]``, gathered from all ranks.
-``restore``: forward: ``[x_0 .. x_n]``;            gradient: this rank's slice of ``dx``, which is the same on all ranks.
+``restore``: forward: ``[x_0 .. x_n]``;            gradient: this rank's slice of ``dx``, which is the same on all
+ranks.
 
-Each is the gradient of the other (arXiv 2303.06318, section 5.1). A number of tokens that the axis does not divide is shared
+Each is the gradient of the other (arXiv 2303.06318, section 5.1). A number of tokens that the axis does not divide is
+shared
 out unevenly, the first ranks taking one more.
 """
 

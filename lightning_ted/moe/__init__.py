@@ -1,6 +1,7 @@
 """Mixture-of-experts layers.
 
-Shape suffixes in this folder: T tokens, D model width, F expert hidden width, E experts, e local experts, K choices per token,
+Shape suffixes in this folder: T tokens, D model width, F expert hidden width, E experts, e local experts, K choices per
+token,
 N routed assignments (rows), L layers.
 """
 

@@ -1,7 +1,9 @@
 """From routing to experts and back: the only place of a MoE layer that communicates about tokens.
 
-Rows travel token order -> expert order (one row per assignment) -> owner of the expert (all-to-all) -> every shard of the expert
-(all-gather) -> grouped by local expert; and back the same way. Exact sizes are sent, so results do not depend on the layout.
+Rows travel token order -> expert order (one row per assignment) -> owner of the expert (all-to-all) -> every shard of
+the expert
+(all-gather) -> grouped by local expert; and back the same way. Exact sizes are sent, so results do not depend on the
+layout.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ class ExpertParallelDispatcher:
     """Experts shared out over the expert axis, each cut over the expert-tensor axis.
 
     Args:
-        axes: The layer's axes. Where tensor ranks dispatch different tokens, an expert's shards gather each other's rows and
+        axes: The layer's axes. Where tensor ranks dispatch different tokens, an expert's shards gather each other's
+        rows and
             reduce-scatter their partial outputs. Where they dispatch the same tokens (no duplicate token dropping), the
             shards hold the same rows already, and all-reduce.
 
@@ -117,7 +120,9 @@ class ExpertParallelDispatcher:
 
     def _on_shards(self, rows_ND: Tensor, plan: ExchangePlan, experts: ExpertFunction) -> Tensor:
         shards, lanes = self._shards, self._lanes
-        rows_ND = gather_rows_to_shards(rows_ND, plan.lanes, lanes) if lanes.size > 1 else copy_to_shards(rows_ND, shards)
+        rows_ND = (
+            gather_rows_to_shards(rows_ND, plan.lanes, lanes) if lanes.size > 1 else copy_to_shards(rows_ND, shards)
+        )
         if plan.chunks_Se.shape[0] == 1 or plan.chunks_Se.shape[1] == 1:
             rows_ND = experts(rows_ND, plan.counts_e)
         else:
@@ -169,5 +174,3 @@ def make_dispatcher(axes: MoEAxes | None) -> LocalDispatcher | ExpertParallelDis
     if axes is None or (axes.expert.size == 1 and axes.expert_tensor.size == 1):
         return LocalDispatcher()
     return ExpertParallelDispatcher(axes)
-
-

@@ -36,7 +36,8 @@ class MoE(nn.Module):
         normalize_top_k: Divide a token's ``top_k`` weights by their sum.
         aux_loss_coef: Coefficient of the load-balancing loss in :func:`auxiliary_loss`.
         z_loss_coef: Coefficient of the router's z-loss in :func:`auxiliary_loss`.
-        router: A router of your own: a module that maps tokens ``[T, D]`` to a :class:`Routing`; the arguments ``score`` and
+        router: A router of your own: a module that maps tokens ``[T, D]`` to a :class:`Routing`; the arguments
+        ``score`` and
             ``normalize_top_k`` then do not apply. It has to be a pure function of the tokens.
 
     Attributes:

@@ -1,9 +1,12 @@
 """Statistics of routing over the global batch, and the losses that are made of them.
 
 Note [Global-batch statistics]
-The load-balancing loss multiplies two averages, so the mean of per-rank losses is not the loss of the whole batch. Every rank
-therefore sums counts and scores over all ranks first. All layers travel in one all-reduce. Its gradient is an all-reduce over
-the data axis as well: each data rank's loss holds the same global term, and their gradients are averaged afterwards. Tensor
+The load-balancing loss multiplies two averages, so the mean of per-rank losses is not the loss of the whole batch.
+Every rank
+therefore sums counts and scores over all ranks first. All layers travel in one all-reduce. Its gradient is an all-
+reduce over
+the data axis as well: each data rank's loss holds the same global term, and their gradients are averaged afterwards.
+Tensor
 ranks that saw different tokens hold one copy of the loss together, so theirs are not added.
 """
 
@@ -44,7 +47,13 @@ class RoutingStatistics:
         """All sums as one vector ``[2 E + 3]``: counts, scores, z, dropped, tokens."""
         tokens = self.counts_E.new_tensor([self.tokens], dtype=self.scores_E.dtype)
         return torch.cat(
-            [self.counts_E.to(self.scores_E.dtype), self.scores_E, self.z.view(1), self.dropped.view(1).to(tokens), tokens]
+            [
+                self.counts_E.to(self.scores_E.dtype),
+                self.scores_E,
+                self.z.view(1),
+                self.dropped.view(1).to(tokens),
+                tokens,
+            ]
         )
 
 
@@ -78,11 +87,14 @@ def _sum_over_ranks(layers: list[Any]) -> list[Tensor]:
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor:
-    """The weighted load-balancing and z-losses of the last forward of every MoE layer in ``module``, to be added to the loss.
+    """The weighted load-balancing and z-losses of the last forward of every MoE layer in ``module``, to be added to the
+    loss.
 
-    The load-balancing loss is ``E * sum_e f_e * p_e`` (Switch Transformer, arXiv 2101.03961, eq. 4; ``f`` the share of the
+    The load-balancing loss is ``E * sum_e f_e * p_e`` (Switch Transformer, arXiv 2101.03961, eq. 4; ``f`` the share of
+    the
     assignments, ``p`` the mean score): 1 when the load is even, for every ``top_k``. The z-loss is the mean of
-    ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5). Both are taken over the micro-batch of all ranks: value and
+    ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5). Both are taken over the micro-batch of all ranks: value
+    and
     gradient do not depend on the layout. Every rank has to call it, once a forward.
 
     Raises:

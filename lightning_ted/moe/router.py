@@ -15,14 +15,16 @@ from lightning_ted.moe.routing import Routing
 class TopKRouter(nn.Module):
     """Routes every token to its ``top_k`` highest-scoring experts.
 
-    Logits and scores are computed in fp32 whatever the precision of the tokens: 16-bit scores tie, and ties route differently.
+    Logits and scores are computed in fp32 whatever the precision of the tokens: 16-bit scores tie, and ties route
+    differently.
 
     Args:
         d_model: Width of the tokens.
         num_experts: Number of experts.
         top_k: Experts per token.
         score: ``"softmax"`` over all experts, or an independent ``"sigmoid"`` of each logit.
-        normalize_top_k: Divide a token's weights by their sum. Top-1 with softmax scores is never normalised, its weight being
+        normalize_top_k: Divide a token's weights by their sum. Top-1 with softmax scores is never normalised, its
+        weight being
             the only path of a gradient to the router.
 
     """

@@ -1,7 +1,8 @@
 """Averaging gradients over the ranks, by family and bucket.
 
 The gradient of a parameter is summed over the ranks that saw different tokens for the same element, and divided by the
-data-parallel degree, expert or not: an expert receives rows from many ranks, but each of their losses is a mean over one data
+data-parallel degree, expert or not: an expert receives rows from many ranks, but each of their losses is a mean over
+one data
 rank's batch (DeepSpeed-MoE, arXiv 2201.05596: "reduced over expert-data, divided by data").
 """
 
@@ -42,7 +43,11 @@ class _Bucket:
         total = sum(parameter.numel() for parameter in parameters)
         flat = parameters[0].new_zeros(total + len(parameters))
         views = cls._views(flat, parameters)
-        present = [(view, p.grad, index) for index, (view, p) in enumerate(zip(views, parameters, strict=True)) if p.grad is not None]
+        present = [
+            (view, p.grad, index)
+            for index, (view, p) in enumerate(zip(views, parameters, strict=True))
+            if p.grad is not None
+        ]
         if present:
             torch._foreach_copy_([view for view, _, _ in present], [grad for _, grad, _ in present])
             flags = flat[total:]
@@ -57,7 +62,9 @@ class _Bucket:
         total = sum(parameter.numel() for parameter in self.parameters)
         self.flat[:total].div_(divisor)
         flags: list[float] | None = None
-        for index, (view, parameter) in enumerate(zip(self._views(self.flat, self.parameters), self.parameters, strict=True)):
+        for index, (view, parameter) in enumerate(
+            zip(self._views(self.flat, self.parameters), self.parameters, strict=True)
+        ):
             if parameter.grad is None:
                 # Read on the host only where this rank has no gradient: another rank may have one.
                 flags = self.flat[total:].tolist() if flags is None else flags
@@ -77,7 +84,8 @@ class GradientReducer:
     Args:
         mesh: The mesh.
         layouts: Qualified parameter name to layout.
-        expert_duplicates: How many times every token reaches its expert: more than once where tensor ranks dispatch the same
+        expert_duplicates: How many times every token reaches its expert: more than once where tensor ranks dispatch the
+        same
             tokens to an expert that is not cut over them.
 
     """
@@ -130,7 +138,7 @@ class GradientReducer:
         if tensor.size == 1 or not replicated:
             return
         wrong = []
-        for name, parameter in replicated:
+        for _, parameter in replicated:
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             highest = all_reduce_(torch.stack([grad, -grad]).double(), tensor, "max")
             spread, size = (highest[0] + highest[1]).max(), highest.abs().max()

@@ -1,10 +1,13 @@
 """When gradients are summed: after each backward pass, unless it is one of several that accumulate.
 
 Note [Gradients that are summed already]
-    Two backward passes may add into the same gradients without a step in between: accumulation by hand, or two losses of one
+    Two backward passes may add into the same gradients without a step in between: accumulation by hand, or two losses
+    of one
     ``training_step``. The second sum then runs over values that the first has summed. For a dense gradient that changes
-    nothing (the mean of equal values); but a sum over the world divided by the data-parallel degree would multiply it by the
-    tensor-parallel degree, and that of an expert by ``expert_data / data``. So before a pass adds to it, a summed gradient is
+    nothing (the mean of equal values); but a sum over the world divided by the data-parallel degree would multiply it
+    by the
+    tensor-parallel degree, and that of an expert by ``expert_data / data``. So before a pass adds to it, a summed
+    gradient is
     divided by that factor, which the next sum restores.
 """
 

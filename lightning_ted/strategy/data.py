@@ -22,7 +22,8 @@ from lightning_ted.strategy._compat import collect_rng_states, pl_worker_init_fu
 def seed_workers(dataloader: object, data_rank: int) -> object:
     """Seed a loader's workers by the data rank where ``seed_everything(workers=True)`` asked for it.
 
-    Lightning would seed them by the global rank, and so augment differently on tensor peers. A worker function of the user
+    Lightning would seed them by the global rank, and so augment differently on tensor peers. A worker function of the
+    user
     is left alone.
     """
     wanted = int(os.environ.get("PL_SEED_WORKERS", "0"))

@@ -21,7 +21,8 @@ class CheckingLauncher(SubprocessScriptLauncher):
         cluster_environment: Where ranks and addresses come from.
         num_processes: Processes on this node.
         num_nodes: Number of nodes.
-        check: Called with the LightningModule that is about to run (``None`` if unknown); raises if the sizes do not fit.
+        check: Called with the LightningModule that is about to run (``None`` if unknown); raises if the sizes do not
+        fit.
 
     """
 

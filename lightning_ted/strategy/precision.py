@@ -1,6 +1,7 @@
 """Lightning's precision plugins, made to clip by the norm of the whole model.
 
-A plugin is handed the optimizer only, and torch's ``clip_grad_norm_`` then sees this rank's shards: each tensor rank would
+A plugin is handed the optimizer only, and torch's ``clip_grad_norm_`` then sees this rank's shards: each tensor rank
+would
 clip by another norm, and replicated weights would drift apart.
 """
 
@@ -59,7 +60,8 @@ def with_global_clipping(plugin: Precision, norm_clipper: NormClipper) -> Precis
 
 @lru_cache(maxsize=None)
 def _clipping_class(cls: type[Precision]) -> Any:
-    # Checkpoints file the plugin's state under its class's qualified name, which therefore stays that of the plain plugin.
+    # Checkpoints file the plugin's state under its class's qualified name, which therefore stays that of the plain
+    # plugin.
     names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return type(cls.__name__, (ClipsGlobally, cls), names)
 

@@ -50,7 +50,9 @@ class PlanResult:
 def head_counts(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, int]:
     """The numbers of heads that a plan would cut, by qualified attribute name."""
     counts: dict[str, int] = {}
-    for parent in {name.rpartition(".")[0] for name, style in styles.items() if style.name in _COLUMN - {"colwise_gather_output"}}:
+    for parent in {
+        name.rpartition(".")[0] for name, style in styles.items() if style.name in _COLUMN - {"colwise_gather_output"}
+    }:
         module = root.get_submodule(parent)
         for attribute in HEAD_COUNTS:
             value = getattr(module, attribute, None)
@@ -89,7 +91,11 @@ def find_stacks(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, list[
 
 
 def apply_plan(
-    root: nn.Module, styles: Mapping[str, Style], axis: Axis, sequence_parallel: bool = False, done: frozenset[str] = frozenset()
+    root: nn.Module,
+    styles: Mapping[str, Style],
+    axis: Axis,
+    sequence_parallel: bool = False,
+    done: frozenset[str] = frozenset(),
 ) -> PlanResult:
     """Swap the classes of the styled modules.
 
@@ -142,7 +148,9 @@ def _install_sequences(
     return regions
 
 
-def _apply_style(root: nn.Module, name: str, style: Style, axis: Axis, region: ShardedRegion, result: PlanResult) -> None:
+def _apply_style(
+    root: nn.Module, name: str, style: Style, axis: Axis, region: ShardedRegion, result: PlanResult
+) -> None:
     if style.name == "replicate":
         return
     if style.name == "replicated_with_grad_allreduce":
@@ -151,7 +159,9 @@ def _apply_style(root: nn.Module, name: str, style: Style, axis: Axis, region: S
     try:
         module = root.get_submodule(name)
     except AttributeError:
-        raise PlanError(f"'{name}' is a parameter, which the style '{style.name}' does not fit; name its module.") from None
+        raise PlanError(
+            f"'{name}' is a parameter, which the style '{style.name}' does not fit; name its module."
+        ) from None
     if style.name == "vocab_parallel_loss":
         _require(module, nn.CrossEntropyLoss, name, style)
         VocabParallelCrossEntropyLoss.adopt(module, axis)  # type: ignore[arg-type]

@@ -1,0 +1,179 @@
+"""One plain ``.ckpt`` file: parts are joined when it is written and cut again when it is read.
+
+Everything in between, the hooks of modules and callbacks included, sees this rank's parts. So the file is the one that one
+process would have written, and any strategy, any layout and ``load_from_checkpoint`` can read it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from lightning_ted.collectives.primitives import all_reduce
+from lightning_ted.collectives.whole import gather_whole
+from lightning_ted.errors import CheckpointError
+from lightning_ted.layout import ParamLayout
+from lightning_ted.mesh import TEDMesh
+
+OPTIMIZER_STATES = "optimizer_states"
+
+#: Calls a ``Change`` where it applies: key in the checkpoint, tensor, layout.
+Visit = Callable[[str, Tensor, ParamLayout], Tensor]
+
+
+class SingleFile:
+    """The single-file form of one module's checkpoints.
+
+    Args:
+        module: The module whose names the checkpoint uses.
+        layouts: How its parameters and buffers are cut, by qualified name.
+        mesh: Where this rank's parts lie.
+        device: Where collectives take place.
+
+    """
+
+    def __init__(self, module: nn.Module, layouts: Mapping[str, ParamLayout], mesh: TEDMesh, device: torch.device) -> None:
+        self._mesh = mesh
+        self._device = device
+        named = [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+        # By object, so that every name of a tied weight is found.
+        self._layout_of = {id(tensor): layouts[name] for name, tensor in named if name in layouts}
+        self._by_name = {name: self._layout_of.get(id(tensor)) for name, tensor in named}
+
+    def joined(self, checkpoint: dict[str, Any], optimizers: Sequence[Optimizer], keep: bool) -> dict[str, Any]:
+        """The checkpoint with full tensors. A collective: every rank calls it.
+
+        Args:
+            checkpoint: This rank's checkpoint, which is not changed.
+            optimizers: The optimizers whose states it holds, in order.
+            keep: Whether this rank wants the result (the one that writes); others get an incomplete one.
+
+        Raises:
+            CheckpointError: On every rank, if the ranks' checkpoints have different keys.
+
+        """
+        found: list[str] = []
+
+        def note(path: str, tensor: Tensor, layout: ParamLayout) -> Tensor:
+            if tuple(tensor.shape) == layout.local_shape:
+                found.append(f"{path} {tuple(tensor.shape)} {tensor.dtype}")
+            return tensor
+
+        def join(path: str, tensor: Tensor, layout: ParamLayout) -> Tensor:
+            if tuple(tensor.shape) != layout.local_shape:
+                return tensor
+            full = gather_whole(tensor.detach().to(self._device), layout, self._mesh)
+            return full.cpu() if keep else tensor
+
+        self._visit(checkpoint, optimizers, note)
+        self._check_same(found)
+        return self._visit(checkpoint, optimizers, join)
+
+    def cut(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint as read from a file with this rank's parts, but for the optimizers' states.
+
+        Those are cut by :meth:`cut_optimizer_state`, once the optimizers are there.
+        """
+        return self._visit(checkpoint, (), lambda _, tensor, layout: self._cut(tensor, layout))
+
+    def cut_optimizer_state(self, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+        """One optimizer's state with this rank's parts."""
+        return self._visit_optimizer("", state, optimizer, lambda _, tensor, layout: self._cut(tensor, layout))
+
+    def is_cut(self, parameter: Parameter) -> bool:
+        """Whether this rank holds only a part of ``parameter``."""
+        layout = self._layout_of.get(id(parameter))
+        return layout is not None and layout.local_shape != layout.global_shape
+
+    def _cut(self, tensor: Tensor, layout: ParamLayout) -> Tensor:
+        if tuple(tensor.shape) != layout.global_shape:
+            return tensor
+        index = {cut.axis: self._mesh.axis(cut.axis).rank for cut in layout.cuts}
+        # A copy, as a view would keep the full tensor in memory.
+        return layout.part(tensor, index).clone(memory_format=torch.contiguous_format)
+
+    def _check_same(self, found: list[str]) -> None:
+        digest = hashlib.blake2b("\n".join(found).encode(), digest_size=8).digest()
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(self._device)
+        world = self._mesh.axis("world")
+        # Decided by what every rank has seen, so that all of them raise and none is left waiting.
+        if torch.equal(all_reduce(mine.clone(), world, "max"), all_reduce(mine.clone(), world, "min")):
+            return
+        raise CheckpointError(
+            "The ranks' checkpoints hold different sharded tensors, so they cannot be joined. HINT: hooks such as "
+            "`on_save_checkpoint` see this rank's parts and must add and remove the same keys on every rank. This rank's: "
+            + ", ".join(found[:8])
+            + (", ..." if len(found) > 8 else "")
+        )
+
+    def _visit(self, checkpoint: dict[str, Any], optimizers: Sequence[Optimizer], visit: Visit) -> dict[str, Any]:
+        result = copy.copy(checkpoint)
+        for key, value in checkpoint.items():
+            if key != OPTIMIZER_STATES:
+                result[key] = self._visit_value(str(key), key, value, visit)
+        states = checkpoint.get(OPTIMIZER_STATES)
+        if optimizers and states:
+            result[OPTIMIZER_STATES] = [
+                self._visit_optimizer(f"{OPTIMIZER_STATES}.{i}", state, optimizer, visit)
+                for i, (state, optimizer) in enumerate(zip(states, optimizers, strict=True))
+            ]
+        return result
+
+    def _visit_value(self, path: str, key: object, value: Any, visit: Visit) -> Any:
+        if isinstance(value, Tensor):
+            layout = self._find(key) if isinstance(key, str) else None
+            return value if layout is None or not layout.cuts else visit(path, value, layout)
+        if isinstance(value, dict):
+            pairs = list(value.items())
+        elif type(value) is list:
+            pairs = list(enumerate(value))
+        else:
+            return value
+        changed = {k: self._visit_value(f"{path}.{k}", k, item, visit) for k, item in pairs}
+        if all(changed[k] is item for k, item in pairs):
+            return value
+        # `copy` keeps the class and its attributes: a state dict carries its version in one.
+        result = copy.copy(value)
+        for k, item in changed.items():
+            result[k] = item
+        return result
+
+    def _visit_optimizer(self, path: str, state: dict[str, Any], optimizer: Optimizer, visit: Visit) -> dict[str, Any]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        indices = [index for group in state.get("param_groups", []) for index in group["params"]]
+        layouts = {
+            index: self._layout_of.get(id(parameter)) for index, parameter in zip(indices, parameters, strict=False)
+        }
+        result: dict[Any, Any] = {}
+        for index, entries in state.get("state", {}).items():
+            layout = layouts.get(index)
+            if layout is None or not layout.cuts or not isinstance(entries, dict):
+                result[index] = entries
+                continue
+            result[index] = {
+                name: visit(f"{path}.{index}.{name}", entry, layout) if isinstance(entry, Tensor) else entry
+                for name, entry in entries.items()
+            }
+        return {**state, "state": result} if "state" in state else state
+
+    def _find(self, key: str) -> ParamLayout | None:
+        """The layout for a key that is a qualified name, or ends in one; the longest name wins.
+
+        Names that are not cut are found too: ``teacher.head.weight`` must not be taken for ``head.weight``.
+        """
+        while True:
+            if key in self._by_name:
+                return self._by_name[key]
+            _, dot, key = key.partition(".")
+            if not dot:
+                return None

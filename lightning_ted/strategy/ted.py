@@ -1,0 +1,527 @@
+"""The strategy: the hooks that a ``Trainer`` calls, each handed on to the module that knows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.types import _PATH, ReduceOp
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import Module, Parameter
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile
+from lightning_ted.errors import LayoutError
+from lightning_ted.layout import ParamLayout
+from lightning_ted.mesh import TEDMesh
+from lightning_ted.moe import Experts
+from lightning_ted.optim.clip import clip_by_norm_
+from lightning_ted.optim.gradients import GradientReducer
+from lightning_ted.strategy import _compat, checks, data, metrics
+from lightning_ted.strategy.backward import BackwardSync, NamedParameters
+from lightning_ted.strategy.batchnorm import synchronize_batchnorm
+from lightning_ted.strategy.launcher import CheckingLauncher
+from lightning_ted.strategy.partition import PartitionOptions, partition_module
+from lightning_ted.strategy.precision import with_global_clipping
+from lightning_ted.strategy.registry import DESCRIPTION, NAME
+from lightning_ted.strategy.sizes import resolve_sizes
+from lightning_ted.topology import RankOrder, Topology
+
+log = logging.getLogger(__name__)
+
+
+class TEDStrategy(ParallelStrategy):
+    r"""Trains models with mixture-of-experts layers under tensor + expert + data parallelism (arXiv 2303.06318).
+
+    The same ranks are arranged twice: ``tensor x data`` for ordinary layers, ``expert-tensor x expert x expert-data`` for
+    experts. Parameters are cut in place before any ``setup`` hook runs, and hooks see this rank's parts; only checkpoint
+    files hold full tensors.
+
+    Arguments:
+        tensor_parallel_size: Ranks that share each ordinary layer; ``"auto"`` takes the largest number that divides the
+            attention heads and stays within a node.
+        expert_parallel_size: Ranks that share out the experts of a layer; ``"auto"`` takes the largest legal number.
+        expert_tensor_parallel_size: Ranks that share each expert. ``None`` means ``tensor_parallel_size``, as in the paper;
+            1 folds the tensor ranks into the expert axis.
+        rank_order: ``"expert_first"`` puts the ranks of an expert-parallel group next to each other, ``"data_first"`` the
+            replicas of an expert.
+        sequence_parallel: Split activations over tokens between the tensor-parallel regions.
+        duplicate_token_dropping: Route each token on one tensor rank only. ``False`` is for ablation.
+        tensor_parallel_plan: ``"auto"`` uses the ``tp_plan`` attributes of the model's modules; otherwise a style for each
+            name pattern.
+        accelerator: The accelerator; usually left to the ``Trainer``.
+        parallel_devices: The devices of this node; usually left to the ``Trainer``.
+        cluster_environment: Where ranks and addresses come from; usually left to the ``Trainer``.
+        checkpoint_io: How checkpoint files are written and read.
+        precision_plugin: The precision; usually left to the ``Trainer``.
+        process_group_backend: torch.distributed's backend; by default the one for the device.
+        timeout: How long a collective may take before it fails.
+
+    """
+
+    strategy_name = NAME
+
+    def __init__(
+        self,
+        tensor_parallel_size: int | Literal["auto"] = 1,
+        expert_parallel_size: int | Literal["auto"] = "auto",
+        expert_tensor_parallel_size: int | None = None,
+        rank_order: RankOrder = "expert_first",
+        sequence_parallel: bool = False,
+        duplicate_token_dropping: bool = True,
+        tensor_parallel_plan: Literal["auto"] | dict[str, str] = "auto",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = _compat.default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self._tensor_parallel_size = tensor_parallel_size
+        self._expert_parallel_size = expert_parallel_size
+        self._expert_tensor_parallel_size = expert_tensor_parallel_size
+        self._rank_order = rank_order
+        self._options = PartitionOptions(tensor_parallel_plan, sequence_parallel, duplicate_token_dropping)
+        self._process_group_backend = process_group_backend
+        self._timeout = timeout
+        self._num_nodes = 1
+        self._mesh: TEDMesh | None = None
+        self._layouts: dict[str, ParamLayout] = {}
+        self._names_at_connect: list[tuple[Parameter, str]] = []
+        self._parameters: NamedParameters = []
+        self._sync: BackwardSync | None = None
+        self._checked_stages: set[str] = set()
+        self._described = False
+
+    # -- where this rank sits ------------------------------------------------------------------------------------------
+
+    @property
+    def is_distributed(self) -> bool:
+        """``True``; without it, Lightning would neither add distributed samplers nor synchronise logged values."""
+        return True
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        self._num_nodes = num_nodes
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes on this node."""
+        return len(self.parallel_devices) if self.parallel_devices is not None else 0
+
+    @property
+    def process_group_backend(self) -> str | None:
+        """torch.distributed's backend."""
+        return self._process_group_backend
+
+    @property
+    def topology(self) -> Topology:
+        """The arrangement of the ranks; before the processes are set up, as far as the model tells it."""
+        return self._mesh.topology if self._mesh is not None else self._resolve(self.lightning_module)
+
+    @property
+    def mesh(self) -> TEDMesh:
+        """The process groups of this rank."""
+        if self._mesh is None:
+            raise RuntimeError("The mesh is there once the processes have been set up, from the `setup` hook on.")
+        return self._mesh
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The ranks as ``data_parallel x tensor_parallel``; also ``LightningModule.device_mesh``."""
+        return self.mesh.dense
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """The ranks as ``expert_data_parallel x expert_parallel x expert_tensor_parallel``."""
+        return self.mesh.expert
+
+    @property
+    def layouts(self) -> dict[str, ParamLayout]:
+        """How each parameter and buffer is cut, by qualified name."""
+        return self._layouts
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many different batches are in flight."""
+        return self.topology.data
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which of these batches is this rank's."""
+        return self.topology.coordinates(self.global_rank).data
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share each ordinary layer."""
+        return self.topology.tensor
+
+    @property
+    def tensor_parallel_rank(self) -> int:
+        """This rank's index among them."""
+        return self.topology.coordinates(self.global_rank).tensor
+
+    @property
+    def expert_parallel_size(self) -> int:
+        """Ranks that share out the experts."""
+        return self.topology.expert
+
+    @property
+    def expert_parallel_rank(self) -> int:
+        """This rank's index among them."""
+        return self.topology.coordinates(self.global_rank).expert
+
+    @property
+    def is_data_writer(self) -> bool:
+        """Whether this rank is the one of its tensor-parallel group that should write predictions: the others hold the
+        same ones."""
+        return self.tensor_parallel_rank == 0
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        # Ranks of an expert-parallel group hold different samples, so experts do not divide the number of replicas.
+        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
+
+    # -- processes, mesh, partition ------------------------------------------------------------------------------------
+
+    @override
+    def connect(self, model: pl.LightningModule) -> None:
+        super().connect(model)
+        self._names_at_connect = [(p, name) for name, p in model.named_parameters(remove_duplicate=False)]
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        self._launcher = CheckingLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes, check=self._resolve
+        )
+
+    def set_world_ranks(self) -> None:
+        """Tell the cluster environment and Lightning's rank-zero helpers which rank this is."""
+        if self.cluster_environment is not None:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        _compat.reset_seed()
+        self.set_world_ranks()
+        self._init_process_group()
+        self._described = False
+        module = self.lightning_module
+        assert module is not None
+        self._make_mesh(module)
+        if not self._layers_come_later(module):
+            self._partition(module)
+        # From here on hooks draw random numbers, such as for a split of the data.
+        data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)
+
+    def _init_process_group(self) -> None:
+        assert self.cluster_environment is not None
+        self._process_group_backend = self._process_group_backend or _compat.default_backend_for_device(self.root_device)
+        # No `device_id`: with it, NCCL makes sub-groups by splitting the world's communicator, in which every rank must take
+        # part, and the mesh makes its groups among their members only.
+        _compat.init_dist_connection(self.cluster_environment, self._process_group_backend, timeout=self._timeout)
+        if dist.get_world_size() != self.world_size:
+            raise LayoutError(
+                f"torch.distributed was initialised with {dist.get_world_size()} ranks before, but `Trainer(devices="
+                f"{self.num_processes}, num_nodes={self.num_nodes})` asks for {self.world_size}."
+            )
+        # A rank that fails early would close its connections while others still open theirs, and hide its own error.
+        self.barrier("init")
+
+    def _resolve(self, module: pl.LightningModule | None) -> Topology:
+        cut_before = _topology_of(module)
+        tensor, expert = self._tensor_parallel_size, self._expert_parallel_size
+        if cut_before is not None:
+            # What "auto" chose when the layers were whole.
+            tensor = cut_before.tensor if tensor == "auto" else tensor
+            expert = cut_before.expert if expert == "auto" else expert
+        elif module is not None and expert == "auto" and self._layers_come_later(module):
+            expert = 1
+        return resolve_sizes(
+            module,
+            self.num_nodes * self.num_processes,
+            self.num_processes,
+            tensor,
+            expert,
+            self._expert_tensor_parallel_size,
+            self._rank_order,
+            self._options.plan,
+        )
+
+    def _layers_come_later(self, module: pl.LightningModule) -> bool:
+        """Whether the largest legal expert degree can be told only when ``configure_model`` has made the experts."""
+        return (
+            self._expert_parallel_size == "auto"
+            and _compat.is_overridden("configure_model", module)
+            and _topology_of(module) is None
+            and not getattr(self, "_layers_are_complete", False)
+            and not any(isinstance(layer, Experts) for layer in module.modules())
+        )
+
+    def _make_mesh(self, module: pl.LightningModule) -> None:
+        topology = self._resolve(module)
+        if self._mesh is None or self._mesh.topology != topology:
+            self._mesh = TEDMesh(topology, self.root_device.type, self._timeout)
+        module._device_mesh = self._mesh.dense
+
+    def _partition(self, module: pl.LightningModule) -> None:
+        self._layouts = partition_module(module, self.mesh, self._options, self.root_device)
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        with super().model_sharded_context():
+            yield
+        assert self.lightning_module is not None
+        self._layers_are_complete = True
+        self._make_mesh(self.lightning_module)
+        self._partition(self.lightning_module)
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        module = self.lightning_module
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and self._layer_sync is not None:
+            self.model = self._synchronize_layers(self.model)
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        self._partition(module)  # what a `setup` hook has added
+        metrics.synchronize_over_data(module, self.mesh.axis("data"))
+        self._parameters = list(module.named_parameters())
+        self._sync = BackwardSync(GradientReducer(self.mesh, self._layouts).reduce, self._layouts, self.topology)
+        self._checked_stages.clear()
+        self.barrier("setup")
+        if fitting:
+            checks.warn_of_overrides(trainer, module)
+            checks.refuse_early_copies(trainer, module, self.topology)
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if fitting:
+            _compat.optimizers_to_device(self.optimizers, self.root_device)
+        if not self._described:
+            rank_zero_info(checks.describe(module, self._layouts, self.topology))
+            self._described = True
+        data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)
+
+    def _synchronize_layers(self, model: Module) -> Module:
+        assert self._layer_sync is not None
+        if type(self._layer_sync) is TorchSyncBatchNorm:
+            return synchronize_batchnorm(model, self.mesh.axis("data"))
+        return self._layer_sync.apply(model)
+
+    @override
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)
+        assert self.lightning_module is not None
+        is_cut = self._single_file().is_cut
+        checks.check_optimizers(self.optimizers, self.lightning_module, self._names_at_connect, is_cut)
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    @property  # type: ignore[override]
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin if self._precision_plugin is not None else Precision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        # The one place where the Trainer's choice can be made aware of the mesh.
+        if precision_plugin is not None:
+            precision_plugin = with_global_clipping(precision_plugin, self._clip_by_norm)
+        self._precision_plugin = precision_plugin
+
+    def _clip_by_norm(self, parameters: list[Parameter], max_norm: float) -> None:
+        layout_of = {id(parameter): self._layouts.get(name) for name, parameter in self._parameters}
+        pairs = []
+        for parameter in parameters:
+            layout = layout_of.get(id(parameter))
+            if parameter.grad is not None:
+                everywhere = ParamLayout("", tuple(parameter.shape), replication=self.world_size)
+                pairs.append((parameter, layout or everywhere))
+        clip_by_norm_(pairs, max_norm, self.mesh)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.lightning_module is not None and self._sync is not None
+        trainable = [(name, parameter) for name, parameter in self._parameters if parameter.requires_grad]
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self._sync.before_backward(trainable)
+        self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
+        # Before `on_after_backward`, which then sees the summed gradients, as under DDP.
+        self._sync.after_backward(trainable)
+        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        assert self._sync is not None
+        with self._sync.blocked():
+            yield
+
+    # -- data and logged values ----------------------------------------------------------------------------------------
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        return data.seed_workers(dataloader, self.data_parallel_rank)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        stage = self._stage()
+        if stage not in self._checked_stages:
+            self._checked_stages.add(stage)
+            data.check_same_batch(batch, stage, self.mesh.axis("tensor"), self.global_rank, self.root_device)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def _stage(self) -> str:
+        assert self.lightning_module is not None
+        stage = self.lightning_module.trainer.state.stage
+        return "unknown" if stage is None else str(stage.value)
+
+    @override
+    def reduce(
+        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> Tensor | Any:
+        """Reduce a value over the data-parallel ranks, or over ``group``; the mean of whole numbers is a float64."""
+        if not isinstance(tensor, Tensor) or self._mesh is None:
+            return tensor
+        axis = self._mesh.axis("data")
+        size = axis.size if group is None else dist.get_world_size(group)
+        name = reduce_op if isinstance(reduce_op, str) else getattr(reduce_op, "name", "sum")
+        return metrics.reduce_over(tensor, axis.group if group is None else group, size, name)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """Whether ``all`` ranks of the world (or any) decided so."""
+        if not _compat.distributed_is_initialized():
+            return decision
+        votes = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(votes, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(votes)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if not _compat.distributed_is_initialized():
+            return
+        if dist.get_backend() == "nccl":
+            dist.barrier(device_ids=[self.root_device.index])
+        else:
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: _compat.TBroadcast, src: int = 0) -> _compat.TBroadcast:
+        if not _compat.distributed_is_initialized():
+            return obj
+        holder = [obj]
+        dist.broadcast_object_list(holder, src)
+        return holder[0]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def _single_file(self) -> SingleFile:
+        # Made anew each time: moving a module to another device replaces its buffers.
+        assert self.lightning_module is not None
+        return SingleFile(self.lightning_module, self._layouts, self.mesh, self.root_device)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write one file with full tensors. A collective: every rank calls it."""
+        path = self.broadcast(filepath)
+        full = self._single_file().joined(checkpoint, self.optimizers, keep=self.is_global_zero)
+        super().save_checkpoint(full, path, storage_options)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        return self._single_file().cut(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        file = self._single_file()
+        for optimizer, state in zip(self.optimizers, checkpoint[OPTIMIZER_STATES], strict=False):
+            optimizer.load_state_dict(file.cut_optimizer_state(state, optimizer))
+            _compat.optimizer_to_device(optimizer, self.root_device)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        _compat.augment_message(
+            exception,
+            pattern=".*Connection closed by peer.*",
+            new_message=(
+                "Another rank has left: this rank waited for it in a collective. The first traceback of the other ranks, "
+                "not this one, tells why."
+            ),
+        )
+
+    @override
+    def teardown(self) -> None:
+        # No collective here: after an error, the failing rank alone comes this way.
+        module = self.lightning_module
+        trainer = module._trainer if module is not None else None
+        if self._layer_sync is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            assert self.model is not None
+            self.model = self._layer_sync.revert(self.model)
+        super().teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        if NAME not in strategy_registry:
+            strategy_registry.register(NAME, cls, description=DESCRIPTION)
+
+
+def _topology_of(module: Module | None) -> Topology | None:
+    """The topology for which the module's layers have been cut before, if they have."""
+    record = None if module is None else module.__dict__.get("_ted_partition")
+    return None if record is None else record.topology

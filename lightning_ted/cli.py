@@ -1,8 +1,7 @@
 """The command ``lightning-ted``: Lightning's CLI with the classes of this package at hand.
 
 ``fit``, ``validate``, ``test`` and ``predict`` read the model, the data, the Trainer and its strategy from YAML and
-from the
-command line::
+from the command line::
 
     lightning-ted fit --config configs/quickstart.yaml --trainer.max_steps 100
 
@@ -21,8 +20,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
     Args:
         args: The arguments after the command's name; None for those of the process. Strategies that start further
-        processes
-            repeat the command line of this one, so pass None unless there is only one process.
+            processes repeat the command line of this one, so pass None unless there is only one process.
 
     Raises:
         SystemExit: With a message and no traceback, for settings that this package refuses.
@@ -42,8 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
         LightningCLI(
             args=None if args is None else list(args),
             parser_kwargs={"prog": "lightning-ted", "description": "Train mixture-of-experts models under TED."},
-            # The configuration is written into the log directory; a run without a versioned logger reuses that
-            # directory.
+            # The configuration is written into the log directory, which runs without a versioned logger share.
             save_config_kwargs={"overwrite": True},
         )
     except TEDError as error:

@@ -57,9 +57,8 @@ class ParamLayout:
         global_shape: Shape of the whole tensor, as one process would hold it.
         cuts: The dimensions that are shared out, on distinct dimensions and axes.
         family: Over which ranks its gradient is summed. ``"dense"``: the data axis. ``"partial"``: the whole world,
-        because
-            each tensor rank saw only its share of the tokens (or of the heads). ``"expert"``: the expert-data axis.
-            All are then divided by the data-parallel degree.
+            because each tensor rank saw only its share of the tokens (or of the heads). ``"expert"``: the expert-data
+            axis. All are then divided by the data-parallel degree.
         replication: On how many ranks each element lives.
 
     """
@@ -71,7 +70,12 @@ class ParamLayout:
     replication: int = 1
 
     def __post_init__(self) -> None:
+        for kind, used in (("dimension", [cut.dim for cut in self.cuts]), ("axis", [cut.axis for cut in self.cuts])):
+            if len(set(used)) < len(used):
+                raise LayoutError(f"'{self.name}' is cut twice on one {kind}: {', '.join(map(str, used))}.")
         for cut in self.cuts:
+            if not 0 <= cut.dim < len(self.global_shape):
+                raise LayoutError(f"'{self.name}' of shape {self.global_shape} has no dimension {cut.dim} to cut.")
             length = self.global_shape[cut.dim]
             if sum(cut.blocks) != length:
                 raise LayoutError(

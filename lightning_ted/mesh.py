@@ -32,8 +32,7 @@ class Axis:
     """This rank's group on one axis of the mesh: what a collective needs to know, and all that a module keeps.
 
     Copies of a module share their axes (a process group cannot be copied), and a pickled axis is a description: it
-    keeps
-    size and rank, and has to be attached to a mesh again before it can communicate.
+    keeps size and rank, and has to be attached to a mesh again before it can communicate.
     """
 
     name: str
@@ -104,7 +103,8 @@ class TEDMesh:
         if top.order == "expert_first":
             ranks = ranks.view(top.expert_data, top.expert, top.expert_tensor)
         else:
-            ranks = ranks.view(top.expert, top.expert_data, top.expert_tensor).transpose(0, 1)
+            # Made contiguous, because a mesh reads its layout from the strides.
+            ranks = ranks.view(top.expert, top.expert_data, top.expert_tensor).transpose(0, 1).contiguous()
         return self._device_mesh("expert", ranks, ("expert_data", "expert", "expert_tensor"))
 
     @contextmanager

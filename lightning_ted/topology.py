@@ -164,10 +164,13 @@ class Topology:
 
     def groups(self, axis: AxisName) -> tuple[tuple[int, ...], ...]:
         """Every group of ``axis``, each rank in exactly one of them, ordered by their first rank."""
-        seen: dict[tuple[int, ...], None] = {}
+        found: list[tuple[int, ...]] = []
+        placed: set[int] = set()
         for rank in range(self.world_size):
-            seen.setdefault(self.group(axis, rank))
-        return tuple(seen)
+            if rank not in placed:
+                found.append(self.group(axis, rank))
+                placed.update(found[-1])
+        return tuple(found)
 
     def _expert_rank(self, expert_data: int, expert: int, expert_tensor: int) -> int:
         if self.order == "expert_first":

@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ted.moe import expert_counts
+from lightning_ted.moe import MoE, expert_counts
+from lightning_ted.moe.losses import drop_rate
 
 
 def imbalance(counts_E: Tensor) -> float:
@@ -21,13 +22,12 @@ class ExpertLoadMonitor(Callback):
     """Show the load of the busiest expert, in multiples of the mean load.
 
     Logs ``expert_load/<name of the layer>`` for every MoE layer, and the largest of them as ``expert_load`` in the
-    progress
-    bar. Counts are those of the last forward of the step, summed over all ranks.
+    progress bar; ``drop_rate/<name of the layer>`` where a capacity is set. Counts are those of the last forward of the
+    step, summed over all ranks.
 
     Args:
-        every_n_steps: How often to look, in optimizer steps; None for the Trainer's ``log_every_n_steps``. Each look is
-        one
-            small all-reduce per layer.
+        every_n_steps: How often to look, in optimizer steps; None for the Trainer's ``log_every_n_steps``. A look
+            communicates a few numbers per layer.
 
     """
 
@@ -51,3 +51,5 @@ class ExpertLoadMonitor(Callback):
         if loads:
             pl_module.log_dict({f"expert_load/{name}": load for name, load in loads.items()})
             pl_module.log("expert_load", max(loads.values()), prog_bar=True)
+        if any(isinstance(module, MoE) and module.capacity_factor is not None for module in pl_module.modules()):
+            pl_module.log_dict({f"drop_rate/{name}": rate for name, rate in drop_rate(pl_module).items()})

@@ -17,8 +17,7 @@ from typing_extensions import override
 def count_tokens(batch: Any) -> int:
     """Number of elements of the first integer tensor in ``batch``: by custom, the token ids.
 
-    Looks into mappings under ``input_ids`` first, then into mappings and sequences in their order; 0 where there is
-    none.
+    Looks into mappings under ``input_ids`` first, then into mappings and sequences in their order; 0 if there is none.
     """
     if isinstance(batch, Tensor):
         is_index = not (batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool)
@@ -45,8 +44,7 @@ class TokenThroughput(Callback):
     """Show the training speed of the whole job, in tokens per second, in the progress bar and the logs.
 
     The tokens of a batch are counted on this rank and multiplied by the number of data-parallel ranks; tensor-parallel
-    ranks
-    share a batch. Validation does not count as time.
+    ranks share a batch. Validation does not count as time.
 
     Args:
         window: Number of batches that the speed is averaged over.

@@ -24,7 +24,7 @@ from lightning_ted.mesh import TEDMesh
 
 OPTIMIZER_STATES = "optimizer_states"
 
-#: Calls a ``Change`` where it applies: key in the checkpoint, tensor, layout.
+#: What becomes of one tensor that is cut: where it stands in the checkpoint, the tensor, its layout.
 Visit = Callable[[str, Tensor, ParamLayout], Tensor]
 
 
@@ -39,7 +39,9 @@ class SingleFile:
 
     """
 
-    def __init__(self, module: nn.Module, layouts: Mapping[str, ParamLayout], mesh: TEDMesh, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, layouts: Mapping[str, ParamLayout], mesh: TEDMesh, device: torch.device
+    ) -> None:
         self._mesh = mesh
         self._device = device
         named = [
@@ -98,7 +100,7 @@ class SingleFile:
     def _cut(self, tensor: Tensor, layout: ParamLayout) -> Tensor:
         if tuple(tensor.shape) != layout.global_shape:
             return tensor
-        index = {cut.axis: self._mesh.axis(cut.axis).rank for cut in layout.cuts}
+        index: dict[str, int] = {cut.axis: self._mesh.axis(cut.axis).rank for cut in layout.cuts}
         # A copy, as a view would keep the full tensor in memory.
         return layout.part(tensor, index).clone(memory_format=torch.contiguous_format)
 

@@ -13,14 +13,14 @@ Note [Gradients that are summed already]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch.nn import Parameter
 
-from lightning_ted.layout import ParamLayout
-from lightning_ted.topology import Topology
+from lightning_ted.layout import Family, ParamLayout
+from lightning_ted.optim.gradients import GradientReducer
 
 NamedParameters = list[tuple[str, Parameter]]
 
@@ -29,25 +29,18 @@ class BackwardSync:
     """Decides when to reduce, and keeps a second sum from counting the first one twice.
 
     Args:
-        reduce: Sums and divides the gradients of the parameters that it is given, over the ranks of their families.
+        reducer: Sums and divides the gradients of the parameters that it is given, over the ranks of their families.
         layouts: The layout of every parameter, by qualified name.
-        topology: The arrangement of the ranks.
+        factors: What reducing does to a gradient of each family that is the same on every rank: number of ranks / divisor.
 
     """
 
     def __init__(
-        self,
-        reduce: Callable[[NamedParameters], None],
-        layouts: dict[str, ParamLayout],
-        topology: Topology,
+        self, reducer: GradientReducer, layouts: dict[str, ParamLayout], factors: Mapping[Family, float]
     ) -> None:
-        self._reduce = reduce
+        self._reducer = reducer
         self._layouts = layouts
-        self._factor_of = {
-            "dense": 1.0,
-            "partial": float(topology.tensor),
-            "expert": topology.expert_data / topology.data,
-        }
+        self._factors = factors
         self._blocked = False
         self._summed: set[int] = set()
 
@@ -68,7 +61,7 @@ class BackwardSync:
                 continue
             self._summed.discard(id(parameter))
             layout = self._layouts.get(name)
-            factor = 1.0 if layout is None else self._factor_of[layout.family]
+            factor = 1.0 if layout is None else self._factors[layout.family]
             if parameter.grad is not None and factor != 1.0:
                 parameter.grad.div_(factor)
 
@@ -76,5 +69,5 @@ class BackwardSync:
         """To be called after the pass, with the same ``parameters``: sums, unless blocked."""
         if self._blocked:
             return
-        self._reduce(parameters)
+        self._reducer.reduce(parameters)
         self._summed.update(id(parameter) for _, parameter in parameters)

@@ -18,7 +18,7 @@ class DataSyncBatchNorm(nn.SyncBatchNorm):
     data_axis: Axis
 
     @property
-    def process_group(self) -> Any:
+    def process_group(self) -> Any:  # type: ignore[override]
         """The group of the data axis."""
         return self.data_axis.group
 

@@ -31,7 +31,7 @@ class CheckingLauncher(SubprocessScriptLauncher):
         cluster_environment: ClusterEnvironment,
         num_processes: int,
         num_nodes: int,
-        check: Callable[[pl.LightningModule | None], None],
+        check: Callable[[pl.LightningModule | None], object],
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._check = check

@@ -8,7 +8,7 @@ clip by another norm, and replicated weights would drift apart.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from lightning.pytorch.plugins.precision import (
@@ -53,12 +53,12 @@ def with_global_clipping(plugin: Precision, norm_clipper: NormClipper) -> Precis
     if not isinstance(plugin, ClipsGlobally):
         # The object changes its class, rather than being replaced, so that a user's own plugin keeps its state and is
         # still the object that the user holds.
-        plugin.__class__ = _clipping_class(type(plugin))
+        plugin.__class__ = _clipping_class(type(plugin))  # type: ignore[arg-type]
     plugin.norm_clipper = norm_clipper  # type: ignore[attr-defined]
     return plugin
 
 
-@lru_cache(maxsize=None)
+@cache
 def _clipping_class(cls: type[Precision]) -> Any:
     # Checkpoints file the plugin's state under its class's qualified name, which therefore stays that of the plain
     # plugin.
@@ -68,7 +68,9 @@ def _clipping_class(cls: type[Precision]) -> Any:
 
 def _refuse(plugin: Precision) -> None:
     precision = getattr(plugin, "precision", "32-true")
-    known = type(plugin) is Precision or isinstance(plugin, (ClipsGlobally, MixedPrecision, HalfPrecision, DoublePrecision))
+    known = type(plugin) is Precision or isinstance(
+        plugin, (ClipsGlobally, MixedPrecision, HalfPrecision, DoublePrecision)
+    )
     if not known or isinstance(plugin, TransformerEnginePrecision):
         raise UnsupportedError(
             f"The precision plugin `{type(plugin).__name__}` cannot be used with `TEDStrategy`; choose "

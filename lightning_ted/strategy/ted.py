@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,43 +9,36 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.types import _PATH, ReduceOp
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
-from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile
-from lightning_ted.errors import LayoutError
-from lightning_ted.layout import ParamLayout
+from lightning_ted.layout import Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.moe import Experts
 from lightning_ted.optim.clip import clip_by_norm_
-from lightning_ted.optim.gradients import GradientReducer
+from lightning_ted.optim.gradients import FAMILY_AXES, GradientReducer
 from lightning_ted.strategy import _compat, checks, data, metrics
+from lightning_ted.strategy._compat import is_overridden
 from lightning_ted.strategy.backward import BackwardSync, NamedParameters
 from lightning_ted.strategy.batchnorm import synchronize_batchnorm
-from lightning_ted.strategy.launcher import CheckingLauncher
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
 from lightning_ted.strategy.precision import with_global_clipping
+from lightning_ted.strategy.ranks import RankedStrategy
 from lightning_ted.strategy.registry import DESCRIPTION, NAME
-from lightning_ted.strategy.sizes import resolve_sizes
+from lightning_ted.strategy.sizes import moe_layers, resolve_sizes
 from lightning_ted.topology import RankOrder, Topology
 
-log = logging.getLogger(__name__)
 
-
-class TEDStrategy(ParallelStrategy):
+class TEDStrategy(RankedStrategy):
     r"""Trains models with mixture-of-experts layers under tensor + expert + data parallelism (arXiv 2303.06318).
 
     The same ranks are arranged twice: ``tensor x data`` for ordinary layers, ``expert-tensor x expert x expert-data`` for
@@ -100,144 +92,35 @@ class TEDStrategy(ParallelStrategy):
             cluster_environment=cluster_environment,
             checkpoint_io=checkpoint_io,
             precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         self._tensor_parallel_size = tensor_parallel_size
         self._expert_parallel_size = expert_parallel_size
         self._expert_tensor_parallel_size = expert_tensor_parallel_size
         self._rank_order = rank_order
         self._options = PartitionOptions(tensor_parallel_plan, sequence_parallel, duplicate_token_dropping)
-        self._process_group_backend = process_group_backend
-        self._timeout = timeout
-        self._num_nodes = 1
-        self._mesh: TEDMesh | None = None
         self._layouts: dict[str, ParamLayout] = {}
         self._names_at_connect: list[tuple[Parameter, str]] = []
         self._parameters: NamedParameters = []
         self._sync: BackwardSync | None = None
+        self._configured = False
         self._checked_stages: set[str] = set()
         self._described = False
-
-    # -- where this rank sits ------------------------------------------------------------------------------------------
-
-    @property
-    def is_distributed(self) -> bool:
-        """``True``; without it, Lightning would neither add distributed samplers nor synchronise logged values."""
-        return True
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_nodes(self) -> int:
-        """Number of nodes."""
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, num_nodes: int) -> None:
-        self._num_nodes = num_nodes
-
-    @property
-    def num_processes(self) -> int:
-        """Number of processes on this node."""
-        return len(self.parallel_devices) if self.parallel_devices is not None else 0
-
-    @property
-    def process_group_backend(self) -> str | None:
-        """torch.distributed's backend."""
-        return self._process_group_backend
-
-    @property
-    def topology(self) -> Topology:
-        """The arrangement of the ranks; before the processes are set up, as far as the model tells it."""
-        return self._mesh.topology if self._mesh is not None else self._resolve(self.lightning_module)
-
-    @property
-    def mesh(self) -> TEDMesh:
-        """The process groups of this rank."""
-        if self._mesh is None:
-            raise RuntimeError("The mesh is there once the processes have been set up, from the `setup` hook on.")
-        return self._mesh
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The ranks as ``data_parallel x tensor_parallel``; also ``LightningModule.device_mesh``."""
-        return self.mesh.dense
-
-    @property
-    def expert_mesh(self) -> DeviceMesh:
-        """The ranks as ``expert_data_parallel x expert_parallel x expert_tensor_parallel``."""
-        return self.mesh.expert
+        self._configured = False
 
     @property
     def layouts(self) -> dict[str, ParamLayout]:
         """How each parameter and buffer is cut, by qualified name."""
         return self._layouts
 
-    @property
-    def data_parallel_size(self) -> int:
-        """How many different batches are in flight."""
-        return self.topology.data
-
-    @property
-    def data_parallel_rank(self) -> int:
-        """Which of these batches is this rank's."""
-        return self.topology.coordinates(self.global_rank).data
-
-    @property
-    def tensor_parallel_size(self) -> int:
-        """Ranks that share each ordinary layer."""
-        return self.topology.tensor
-
-    @property
-    def tensor_parallel_rank(self) -> int:
-        """This rank's index among them."""
-        return self.topology.coordinates(self.global_rank).tensor
-
-    @property
-    def expert_parallel_size(self) -> int:
-        """Ranks that share out the experts."""
-        return self.topology.expert
-
-    @property
-    def expert_parallel_rank(self) -> int:
-        """This rank's index among them."""
-        return self.topology.coordinates(self.global_rank).expert
-
-    @property
-    def is_data_writer(self) -> bool:
-        """Whether this rank is the one of its tensor-parallel group that should write predictions: the others hold the
-        same ones."""
-        return self.tensor_parallel_rank == 0
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        # Ranks of an expert-parallel group hold different samples, so experts do not divide the number of replicas.
-        return {"num_replicas": self.data_parallel_size, "rank": self.data_parallel_rank}
-
-    # -- processes, mesh, partition ------------------------------------------------------------------------------------
+    # -- mesh and partition ----------------------------------------------------------------------------------------------
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
+        self._configured = False
         self._names_at_connect = [(p, name) for name, p in model.named_parameters(remove_duplicate=False)]
-
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        self._launcher = CheckingLauncher(
-            self.cluster_environment, self.num_processes, self.num_nodes, check=self._resolve
-        )
-
-    def set_world_ranks(self) -> None:
-        """Tell the cluster environment and Lightning's rank-zero helpers which rank this is."""
-        if self.cluster_environment is not None:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
 
     @override
     def setup_environment(self) -> None:
@@ -249,24 +132,10 @@ class TEDStrategy(ParallelStrategy):
         module = self.lightning_module
         assert module is not None
         self._make_mesh(module)
-        if not self._layers_come_later(module):
+        if not self._experts_come_later(module):
             self._partition(module)
         # From here on hooks draw random numbers, such as for a split of the data.
         data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)
-
-    def _init_process_group(self) -> None:
-        assert self.cluster_environment is not None
-        self._process_group_backend = self._process_group_backend or _compat.default_backend_for_device(self.root_device)
-        # No `device_id`: with it, NCCL makes sub-groups by splitting the world's communicator, in which every rank must take
-        # part, and the mesh makes its groups among their members only.
-        _compat.init_dist_connection(self.cluster_environment, self._process_group_backend, timeout=self._timeout)
-        if dist.get_world_size() != self.world_size:
-            raise LayoutError(
-                f"torch.distributed was initialised with {dist.get_world_size()} ranks before, but `Trainer(devices="
-                f"{self.num_processes}, num_nodes={self.num_nodes})` asks for {self.world_size}."
-            )
-        # A rank that fails early would close its connections while others still open theirs, and hide its own error.
-        self.barrier("init")
 
     def _resolve(self, module: pl.LightningModule | None) -> Topology:
         cut_before = _topology_of(module)
@@ -275,8 +144,6 @@ class TEDStrategy(ParallelStrategy):
             # What "auto" chose when the layers were whole.
             tensor = cut_before.tensor if tensor == "auto" else tensor
             expert = cut_before.expert if expert == "auto" else expert
-        elif module is not None and expert == "auto" and self._layers_come_later(module):
-            expert = 1
         return resolve_sizes(
             module,
             self.num_nodes * self.num_processes,
@@ -286,17 +153,16 @@ class TEDStrategy(ParallelStrategy):
             self._expert_tensor_parallel_size,
             self._rank_order,
             self._options.plan,
+            complete=module is None or self._has_all_layers(module),
         )
 
-    def _layers_come_later(self, module: pl.LightningModule) -> bool:
+    def _has_all_layers(self, module: pl.LightningModule) -> bool:
+        """False while ``configure_model`` has layers still to make."""
+        return self._configured or _topology_of(module) is not None or not is_overridden("configure_model", module)
+
+    def _experts_come_later(self, module: pl.LightningModule) -> bool:
         """Whether the largest legal expert degree can be told only when ``configure_model`` has made the experts."""
-        return (
-            self._expert_parallel_size == "auto"
-            and _compat.is_overridden("configure_model", module)
-            and _topology_of(module) is None
-            and not getattr(self, "_layers_are_complete", False)
-            and not any(isinstance(layer, Experts) for layer in module.modules())
-        )
+        return self._expert_parallel_size == "auto" and not self._has_all_layers(module) and not moe_layers(module)
 
     def _make_mesh(self, module: pl.LightningModule) -> None:
         topology = self._resolve(module)
@@ -305,7 +171,9 @@ class TEDStrategy(ParallelStrategy):
         module._device_mesh = self._mesh.dense
 
     def _partition(self, module: pl.LightningModule) -> None:
-        self._layouts = partition_module(module, self.mesh, self._options, self.root_device)
+        self._layouts = partition_module(
+            module, self.mesh, self._options, self.root_device, complete=self._has_all_layers(module)
+        )
 
     @contextmanager
     @override
@@ -313,7 +181,7 @@ class TEDStrategy(ParallelStrategy):
         with super().model_sharded_context():
             yield
         assert self.lightning_module is not None
-        self._layers_are_complete = True
+        self._configured = True
         self._make_mesh(self.lightning_module)
         self._partition(self.lightning_module)
 
@@ -330,7 +198,7 @@ class TEDStrategy(ParallelStrategy):
         self._partition(module)  # what a `setup` hook has added
         metrics.synchronize_over_data(module, self.mesh.axis("data"))
         self._parameters = list(module.named_parameters())
-        self._sync = BackwardSync(GradientReducer(self.mesh, self._layouts).reduce, self._layouts, self.topology)
+        self._sync = self._make_sync()
         self._checked_stages.clear()
         self.barrier("setup")
         if fitting:
@@ -352,11 +220,6 @@ class TEDStrategy(ParallelStrategy):
         return self._layer_sync.apply(model)
 
     @override
-    def model_to_device(self) -> None:
-        assert self.model is not None
-        self.model.to(self.root_device)
-
-    @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
@@ -366,7 +229,7 @@ class TEDStrategy(ParallelStrategy):
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
-    @property  # type: ignore[override]
+    @property
     @override
     def precision_plugin(self) -> Precision:
         return self._precision_plugin if self._precision_plugin is not None else Precision()
@@ -386,7 +249,7 @@ class TEDStrategy(ParallelStrategy):
             if parameter.grad is not None:
                 everywhere = ParamLayout("", tuple(parameter.shape), replication=self.world_size)
                 pairs.append((parameter, layout or everywhere))
-        clip_by_norm_(pairs, max_norm, self.mesh)
+        clip_by_norm_(pairs, max_norm, self.mesh, self.root_device)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -402,6 +265,15 @@ class TEDStrategy(ParallelStrategy):
         self.post_backward(closure_loss)
         return closure_loss
 
+    def _make_sync(self) -> BackwardSync:
+        top, options = self.topology, self._options
+        # Undropped, every tensor rank sends all tokens: each reaches an expert once for every one that is no shard of it.
+        dropped = options.duplicate_token_dropping or options.sequence_parallel
+        duplicates = 1 if dropped else top.tensor // top.expert_tensor
+        factors: dict[Family, float] = {family: top.size(axis) / top.data for family, axis in FAMILY_AXES.items()}
+        factors["expert"] /= duplicates
+        return BackwardSync(GradientReducer(self.mesh, self._layouts, duplicates), self._layouts, factors)
+
     @contextmanager
     @override
     def block_backward_sync(self) -> Generator[None, None, None]:
@@ -409,7 +281,7 @@ class TEDStrategy(ParallelStrategy):
         with self._sync.blocked():
             yield
 
-    # -- data and logged values ----------------------------------------------------------------------------------------
+    # -- data -----------------------------------------------------------------------------------------------------------
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -427,44 +299,6 @@ class TEDStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         stage = self.lightning_module.trainer.state.stage
         return "unknown" if stage is None else str(stage.value)
-
-    @override
-    def reduce(
-        self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
-    ) -> Tensor | Any:
-        """Reduce a value over the data-parallel ranks, or over ``group``; the mean of whole numbers is a float64."""
-        if not isinstance(tensor, Tensor) or self._mesh is None:
-            return tensor
-        axis = self._mesh.axis("data")
-        size = axis.size if group is None else dist.get_world_size(group)
-        name = reduce_op if isinstance(reduce_op, str) else getattr(reduce_op, "name", "sum")
-        return metrics.reduce_over(tensor, axis.group if group is None else group, size, name)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Whether ``all`` ranks of the world (or any) decided so."""
-        if not _compat.distributed_is_initialized():
-            return decision
-        votes = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(votes, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(votes)
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if not _compat.distributed_is_initialized():
-            return
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[self.root_device.index])
-        else:
-            dist.barrier()
-
-    @override
-    def broadcast(self, obj: _compat.TBroadcast, src: int = 0) -> _compat.TBroadcast:
-        if not _compat.distributed_is_initialized():
-            return obj
-        holder = [obj]
-        dist.broadcast_object_list(holder, src)
-        return holder[0]
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

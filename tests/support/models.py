@@ -44,16 +44,18 @@ class TinyAttention(nn.Module):
             self.k_proj = nn.Linear(config.width, config.width)
             self.v_proj = nn.Linear(config.width, config.width)
         # A norm of the keys, too: without one, softmax makes the gradient of the keys' bias zero, up to rounding.
-        self.q_norm = nn.RMSNorm(self.head_dim)
-        self.k_norm = nn.RMSNorm(self.head_dim)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-5)
         self.o_proj = nn.Linear(config.width, config.width)
         self.dropout = config.dropout
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv_proj(x).chunk(3, -1) if self.packed else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, is_causal=True, dropout_p=dropout)
+        # Written out: the fused attention has no float64 oracle of its own on every device.
+        scores = self.q_norm(q) @ self.k_norm(k).transpose(-2, -1) / self.head_dim**0.5
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        y = F.dropout(scores.masked_fill(future, -torch.inf).softmax(-1), self.dropout, self.training) @ v
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 

@@ -11,8 +11,8 @@ Starting a process that has torch and Lightning costs seconds; a call of a warm 
     with Pool(4) as pool:
         assert pool.run(add_up, 1.0) == [4.0] * 4
 
-In pytest, use the ``pools`` fixture: ``pools(4).run(add_up, 1.0)``. The workers' environment makes Lightning believe that a
-launcher started them, so that ``Trainer(devices=4)`` neither starts processes nor initialises the process group again.
+In pytest, use the ``pools`` fixture: ``pools(4).run(add_up, 1.0)``. The workers' environment makes Lightning believe that
+a launcher started them, so that ``Trainer(devices=4)`` neither starts processes nor initialises the process group again.
 A call that fails or hangs ends its pool's workers; the next call starts new ones.
 """
 

@@ -15,7 +15,8 @@ def _restore_sys_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_importing_the_command_imports_neither_torch_nor_lightning() -> None:
-    code = "import sys, lightning_ted.cli; sys.exit(any(m in sys.modules for m in ('torch', 'lightning', 'jsonargparse')))"
+    heavy = ["torch", "lightning", "jsonargparse"]
+    code = f"import sys, lightning_ted.cli; sys.exit(any(name in sys.modules for name in {heavy}))"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

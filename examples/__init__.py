@@ -1,0 +1,1 @@
+"""Examples, one folder each, importable from the repository root."""

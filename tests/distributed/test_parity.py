@@ -1,0 +1,89 @@
+"""Every layout trains like one process: outputs, raw gradients, global norm and weights, with plain SGD and with Adam."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.support.models import TinyConfig
+from tests.support.parity import Case, run_cases
+from tests.support.pool import Pools
+
+
+def layouts(world: int) -> Iterator[Case]:
+    for tensor in (1, 2, 4):
+        for expert in (1, 2, 4):
+            for expert_tensor in sorted({1, tensor}):
+                if tensor > world or expert * expert_tensor > world:
+                    continue
+                replicas = world // (expert * expert_tensor)
+                for order in ("expert_first", "data_first") if expert > 1 and replicas > 1 else ("expert_first",):
+                    for mode in ("dtd", "undropped", "sequence") if tensor > 1 else ("dtd",):
+                        yield Case(world, tensor, expert, expert_tensor, order, mode)  # type: ignore[arg-type]
+
+
+GRID = [case for world in (2, 4, 8) for case in layouts(world)]
+
+
+def worst(results: Sequence[list[dict[str, float]]]) -> dict[str, float]:
+    """The largest error of each kind over ranks and cases."""
+    found: dict[str, float] = {}
+    for rank in results:
+        for case in rank:
+            for name, error in case.items():
+                found[name] = max(found.get(name, 0.0), error)
+    return found
+
+
+def check(pools: Pools, cases: Sequence[Case], tolerance: float) -> None:
+    errors = worst(pools(cases[0].world).run(run_cases, list(cases)))
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert not wrong, f"{cases[0]}: relative errors above {tolerance}: {wrong}"
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_layout_trains_like_one_process(pools: Pools, case: Case) -> None:
+    cases = [replace(case, config=replace(case.config, top_k=k)) for k in (1, 2, 3)]
+    check(pools, cases, 1e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in GRID if case.world == 4], ids=str)
+def test_layout_trains_like_one_process_under_adam(pools: Pools, case: Case) -> None:
+    check(pools, [replace(case, optimizer="adam")], 1e-6)
+
+
+@pytest.mark.parametrize("case", [case for case in GRID if case.world == 4 and case.order == "data_first"], ids=str)
+def test_layout_trains_like_one_process_in_double_precision(pools: Pools, case: Case) -> None:
+    # Leaves no room for an error that hides in rounding.
+    check(pools, [replace(case, dtype=torch.float64)], 1e-13)
+
+
+VARIANTS = {
+    "gelu": TinyConfig(activation="gelu"),
+    "relu without bias": TinyConfig(activation="relu", bias=False),
+    "sigmoid": TinyConfig(score="sigmoid"),
+    "vocabulary parallel": TinyConfig(vocab_parallel=True),
+    "vocabulary parallel, tied": TinyConfig(vocab_parallel=True, tied=True),
+    "tied": TinyConfig(tied=True),
+    "packed": TinyConfig(packed=True),
+    "experts without rows": TinyConfig(experts=16, top_k=1),
+    "grouped GEMM impossible": TinyConfig(hidden=12),
+}
+
+
+@pytest.mark.parametrize("mode", ["dtd", "undropped", "sequence"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_trains_like_one_process(pools: Pools, variant: str, mode: str) -> None:
+    config = VARIANTS[variant]
+    check(pools, [Case(4, 2, 2, etp, mode=mode, config=config, dtype=torch.float64) for etp in (1, 2)], 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["dtd", "undropped", "sequence"])
+@pytest.mark.parametrize("factor", [0.4, 1.0, 9.0])
+def test_capacity_drops_the_same_assignments_on_every_tensor_layout(pools: Pools, factor: float, mode: str) -> None:
+    # One data rank: the pool of a capacity is a data rank's micro-batch.
+    config = TinyConfig(capacity_factor=factor, top_k=2)
+    check(pools, [Case(2, 2, ep, etp, mode=mode, config=config, dtype=torch.float64) for ep, etp in ((1, 2), (2, 1))], 1e-12)

@@ -12,15 +12,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the command.
-
-    Args:
-        args: The arguments after the command's name; None for those of the process. Strategies that start further
-            processes repeat the command line of this one, so pass None unless there is only one process.
+def main() -> None:
+    """Run the command line of this process, which strategies repeat for the processes that they start.
 
     Raises:
         SystemExit: With a message and no traceback, for settings that this package refuses.
@@ -38,7 +33,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
     try:
         LightningCLI(
-            args=None if args is None else list(args),
             parser_kwargs={"prog": "lightning-ted", "description": "Train mixture-of-experts models under TED."},
             # The configuration is written into the log directory, which runs without a versioned logger share.
             save_config_kwargs={"overwrite": True},

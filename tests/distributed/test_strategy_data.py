@@ -52,20 +52,21 @@ class _Augmented(Numbered):
         return torch.rand(8), torch.rand(1), i
 
 
+class _KeepsFirst(Toy):
+    first: list[float]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.first = batch[0][0].tolist()
+        return super().training_step(batch, batch_idx)
+
+
 def _augmentation(workers: int, seeded: bool) -> list[float]:
+    module, run = _KeepsFirst(), trainer("tp2", max_steps=1)
     if seeded:
         L.seed_everything(3, workers=True, verbose=False)
-    else:
+    else:  # as in a script that seeds nothing
         torch.manual_seed(dist.get_rank() + 10)
-
-    class Recording(Toy):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            self.first = batch[0][0].tolist()
-            return super().training_step(batch, batch_idx)
-
-    run = trainer("tp2", max_steps=1)
-    data = DataLoader(_Augmented(), batch_size=4, num_workers=workers)
-    run.fit(module := Recording(), data)
+    run.fit(module, DataLoader(_Augmented(), batch_size=4, num_workers=workers))
     return module.first
 
 

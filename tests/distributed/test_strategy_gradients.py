@@ -184,7 +184,9 @@ def _overridden_clipping() -> tuple[list[str], dict[str, torch.Tensor]]:
 
 def test_overridden_gradient_clipping_is_warned_of(pools: Pools) -> None:
     messages, weights = pools(4).run(_overridden_clipping)[0]
-    assert any("_ClipsItself.configure_gradient_clipping` is overridden" in m and "clip_gradients" in m for m in messages)
+    assert any(
+        "_ClipsItself.configure_gradient_clipping` is overridden" in m and "clip_gradients" in m for m in messages
+    )
     assert_close(weights, pools(2).run(_fit, "ddp", {"gradient_clip_val": 0.05, "max_epochs": 1})[0])
 
 

@@ -21,8 +21,9 @@ def test_there_are_configs() -> None:
 def test_config_is_parsed(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["lightning-ted", "fit", f"--config={path}", "--print_config"])
     with pytest.raises(SystemExit, match="0"):
-        main(["fit", f"--config={path}", "--print_config"])
+        main()
     printed = yaml.safe_load(capsys.readouterr().out)
     written = yaml.safe_load(path.read_text())
     assert printed["trainer"]["strategy"]["class_path"].endswith("TEDStrategy")

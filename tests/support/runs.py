@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -98,7 +98,9 @@ def loader(batch_size: int = 4, length: int = SAMPLES, **options: Any) -> DataLo
 
 
 def strategy(name: str) -> Strategy:
-    """``"ddp"``, or a layout such as ``"tp2"``, ``"tp2 etp1"``, ``"ep4"``."""
+    """``"one"`` process, ``"ddp"``, or a layout such as ``"tp2"``, ``"tp2 etp1"``, ``"ep4"``."""
+    if name == "one":
+        return SingleDeviceStrategy()
     if name.startswith("ddp"):
         return DDPStrategy(find_unused_parameters="unused" in name)
     names = {"tp": "tensor_parallel_size", "ep": "expert_parallel_size", "etp": "expert_tensor_parallel_size"}
@@ -135,7 +137,9 @@ def whole_weights(run: L.Trainer) -> dict[str, Tensor]:
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float = 2e-5) -> None:
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            one[name], other[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_same_everywhere(results: list[dict[str, Tensor]]) -> None:

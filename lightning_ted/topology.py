@@ -72,7 +72,9 @@ class Topology:
 
     def __post_init__(self) -> None:
         if self.order not in get_args(RankOrder):
-            raise LayoutError(f"`rank_order={self.order!r}` is unknown; choose one of {', '.join(get_args(RankOrder))}.")
+            raise LayoutError(
+                f"`rank_order={self.order!r}` is unknown; choose one of {', '.join(get_args(RankOrder))}."
+            )
         self._check_divides("world_size", self.world_size, 1, "")
         self._check_divides(
             "tensor_parallel_size", self.tensor, self.world_size, f"the world size {self.world_size} (nodes x devices)"

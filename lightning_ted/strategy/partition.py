@@ -48,12 +48,22 @@ class PartitionOptions:
 
 @dataclass
 class PartitionRecord:
-    """How a module was cut."""
+    """How a module was cut.
+
+    Attributes:
+        topology: For which arrangement of ranks.
+        options: With which arguments.
+        layouts: Layout of every parameter and buffer, by qualified name.
+        partial: Names below which gradients are summed over the tensor axis.
+        styled: Names that a plan has been applied to.
+
+    """
 
     topology: Topology
     options: PartitionOptions
     layouts: dict[str, ParamLayout] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
+    styled: set[str] = field(default_factory=set)
 
 
 def partition_module(
@@ -83,15 +93,14 @@ def partition_module(
     record = module.__dict__.setdefault("_ted_partition", PartitionRecord(mesh.topology, options))
     if record.topology != mesh.topology or record.options != options:
         raise LayoutError(
-            f"{type(module).__name__} has been cut for {record.topology} and cannot be cut again for {mesh.topology}. Build a new "
-            "module, and load a checkpoint into it to keep the weights."
+            f"{type(module).__name__} has been cut for {record.topology}, {record.options} and cannot be cut again for "
+            f"{mesh.topology}, {options}. Build a new module, and load a checkpoint into it to keep the weights."
         )
-    names = {id(tensor): name for name, tensor in _tensors(module)}
-    if record.layouts.keys() >= set(names.values()):
-        return record.layouts
     result = _mark_plan(module, mesh, options, record, complete)
     cuts = result.cuts | _mark_experts(module, mesh, options, record, find_stack_names(module, options, complete))
     record.partial |= result.partial
+    if all(name in record.layouts for name, _ in _tensors(module)):
+        return record.layouts
     seed = _common_seed(mesh, device)
     placed: dict[int, ParamLayout] = {id(t): record.layouts[n] for n, t in _tensors(module) if n in record.layouts}
     for prefix, child in module.named_modules():
@@ -132,7 +141,9 @@ def _mark_plan(
                     f"`tensor_parallel_plan` names '{name}', a part of MoE layer '{layer}', which `expert_tensor_parallel_size` "
                     "cuts; leave it out of the plan."
                 )
-    return apply_plan(module, styles, mesh.axis("tensor"), options.sequence_parallel, frozenset(record.layouts))
+    fresh = {name: style for name, style in styles.items() if name not in record.styled}
+    record.styled |= set(fresh)
+    return apply_plan(module, fresh, mesh.axis("tensor"), options.sequence_parallel)
 
 
 def _mark_experts(

@@ -95,7 +95,6 @@ def apply_plan(
     styles: Mapping[str, Style],
     axis: Axis,
     sequence_parallel: bool = False,
-    done: frozenset[str] = frozenset(),
 ) -> PlanResult:
     """Swap the classes of the styled modules.
 
@@ -104,7 +103,6 @@ def apply_plan(
         styles: Qualified name to style.
         axis: The tensor axis.
         sequence_parallel: Split activations over tokens in the block stacks.
-        done: Names of parameters that were cut before.
 
     Raises:
         PlanError: If a style does not fit its module, or a size does not divide.
@@ -114,21 +112,20 @@ def apply_plan(
     if axis.size == 1:
         return result
     check_heads(root, styles, axis.size)
-    fresh = {name: style for name, style in styles.items() if name not in done and f"{name}.weight" not in done}
-    sequences = _install_sequences(root, fresh, axis, result) if sequence_parallel else {}
+    sequences = _install_sequences(root, styles, axis, result) if sequence_parallel else {}
     by_parent: dict[str, list[str]] = defaultdict(list)
-    for name in fresh:
+    for name in styles:
         by_parent[name.rpartition(".")[0]].append(name)
     for parent_name, names in by_parent.items():
         parent = root.get_submodule(parent_name)
         sequence = next((region for stack, region in sequences.items() if parent_name.startswith(f"{stack}.")), None)
-        columns = [name for name in names if fresh[name].name in _COLUMN]
-        rows = [name for name in names if fresh[name].name in _ROW]
+        columns = [name for name in names if styles[name].name in _COLUMN]
+        rows = [name for name in names if styles[name].name in _ROW]
         region = ShardedRegion(axis, sequence, len(columns), bool(columns and rows) and draws_dropout(parent))
         if columns:
             parent.register_forward_hook(region.close, always_call=True)
         for name in names:
-            _apply_style(root, name, fresh[name], axis, region, result)
+            _apply_style(root, name, styles[name], axis, region, result)
     return result
 
 

@@ -54,7 +54,9 @@ class Style:
         """
         name, _, arguments = str(text).partition(":")
         if name not in STYLES or (arguments and name != "packed_colwise"):
-            raise PlanError(f"`tensor_parallel_plan['{pattern}']={text!r}` is unknown; choose one of {', '.join(STYLES)}.")
+            raise PlanError(
+                f"`tensor_parallel_plan['{pattern}']={text!r}` is unknown; choose one of {', '.join(STYLES)}."
+            )
         if name != "packed_colwise":
             return cls(name)
         try:

@@ -66,7 +66,11 @@ def oracle(lengths: Sequence[int], one_expert: bool, options: dict[str, object])
 
 
 def step(
-    topology: Topology, mode: str, lengths: Sequence[int], one_expert: bool = False, options: dict[str, object] | None = None
+    topology: Topology,
+    mode: str,
+    lengths: Sequence[int],
+    one_expert: bool = False,
+    options: dict[str, object] | None = None,
 ) -> dict[str, float]:
     """Worst error of every gradient against one process, on one rank."""
     options = options or {}
@@ -115,7 +119,9 @@ def test_unused_experts_get_zero_gradients(pools: Pools, topology: Topology) -> 
         assert max(rank.values()) < 1e-11
 
 
-def traffic(topology: Topology, mode: str, tokens: int) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
+def traffic(
+    topology: Topology, mode: str, tokens: int
+) -> tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]]:
     mesh = TEDMesh(topology)
     layer = Layer().float()
     partition_module(layer, mesh, MODES[mode])

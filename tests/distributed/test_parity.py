@@ -86,4 +86,8 @@ def test_variant_trains_like_one_process(pools: Pools, variant: str, mode: str) 
 def test_capacity_drops_the_same_assignments_on_every_tensor_layout(pools: Pools, factor: float, mode: str) -> None:
     # One data rank: the pool of a capacity is a data rank's micro-batch.
     config = TinyConfig(capacity_factor=factor, top_k=2)
-    check(pools, [Case(2, 2, ep, etp, mode=mode, config=config, dtype=torch.float64) for ep, etp in ((1, 2), (2, 1))], 1e-12)
+    check(
+        pools,
+        [Case(2, 2, ep, etp, mode=mode, config=config, dtype=torch.float64) for ep, etp in ((1, 2), (2, 1))],
+        1e-12,
+    )

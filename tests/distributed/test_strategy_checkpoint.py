@@ -184,7 +184,7 @@ def test_weights_only_reaches_the_reader(pools: Pools, tmp_path: Path) -> None:
 def test_precision_state_keeps_its_key(precision: str) -> None:
     from lightning.pytorch import Trainer
 
-    options: dict[str, Any] = dict(accelerator="cpu", devices=1, logger=False, precision=precision)
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False, "precision": precision}
     import lightning_ted  # noqa: F401 - registers the strategy
 
     plain, ted = Trainer(**options).precision_plugin, Trainer(strategy="ted", **options).precision_plugin

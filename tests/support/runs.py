@@ -112,16 +112,16 @@ def strategy(name: str) -> Strategy:
 
 
 def trainer(name: str, **options: Any) -> L.Trainer:
-    defaults: dict[str, Any] = dict(
-        accelerator="cpu",
-        devices=torch.distributed.get_world_size() // options.get("num_nodes", 1),
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": torch.distributed.get_world_size() // options.get("num_nodes", 1),
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
     return L.Trainer(strategy=strategy(name), **{**defaults, **options})
 
 

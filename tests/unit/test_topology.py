@@ -154,7 +154,10 @@ def test_folding_spreads_the_experts_over_the_tensor_ranks():
         ({"world_size": 8, "expert": 2.0}, r"^`expert_parallel_size=2\.0` must be a positive whole number\.$"),
         ({"world_size": 8, "tensor": True}, r"^`tensor_parallel_size=True` must be a positive whole number\.$"),
         ({"world_size": 0}, r"^`world_size=0` must be a positive whole number\.$"),
-        ({"world_size": 8, "order": "E+D"}, r"^`rank_order='E\+D'` is unknown; choose one of expert_first, data_first\.$"),
+        (
+            {"world_size": 8, "order": "E+D"},
+            r"^`rank_order='E\+D'` is unknown; choose one of expert_first, data_first\.$",
+        ),
     ],
 )
 def test_illegal_sizes_name_the_argument_and_the_legal_choices(sizes, message):

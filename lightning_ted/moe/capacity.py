@@ -50,7 +50,8 @@ def limit_to_capacity(
 
     """
     expert_TK = routing.expert_TK
-    whole_TK, own = expert_TK, slice(None)
+    whole_TK: Tensor = expert_TK
+    own: slice | Tensor = slice(None)
     if axes is not None and axes.tokens_are_split:
         whole_TK, own = _gather_choices(expert_TK, sequence, axes.tensor, axes.sequence_split)
     capacity = expert_capacity(whole_TK.shape[0], num_experts, expert_TK.shape[1], factor)
@@ -65,7 +66,7 @@ def limit_to_capacity(
 
 def _gather_choices(
     expert_TK: Tensor, sequence: tuple[int, ...], tensor: Axis, sequence_split: bool
-) -> tuple[Tensor, slice | Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The choices of all tensor ranks in the order of the unsplit tokens, and where this rank's are among them."""
     rows = expert_TK.shape[0]
     batch = math.prod(sequence[:-1]) if sequence_split else 1

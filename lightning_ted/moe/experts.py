@@ -76,7 +76,9 @@ class Experts(nn.Module):
             ``[N, D]``; a partial result, to be summed over the expert-tensor axis, where the hidden width is cut.
 
         """
-        up, up_bias = getattr(self, self.up_name), getattr(self, f"{self.up_name}_bias")
+        up: Tensor = getattr(self, self.up_name)
+        up_bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
+        down_bias: Tensor | None = self.get_parameter("down_proj_bias") if up_bias is not None else None
         groups = Groups(counts_e, rows_ND.shape[0])
         hidden_NF = groups.bias(groups.linear(rows_ND, up), up_bias)
         act = _ACTIVATIONS[self.activation]
@@ -85,7 +87,7 @@ class Experts(nn.Module):
             hidden_NF = act(gate_NF) * value_NF
         else:
             hidden_NF = act(hidden_NF)
-        return groups.bias(groups.linear(hidden_NF, self.down_proj), self.down_proj_bias, self.tensor_axis)
+        return groups.bias(groups.linear(hidden_NF, self.down_proj), down_bias, self.tensor_axis)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, d_model={self.d_model}, d_ff={self.d_ff}, activation={self.activation}"

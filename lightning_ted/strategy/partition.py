@@ -155,7 +155,11 @@ def _mark_experts(
         if layer.axes is not None:
             continue
         layer.axes = MoEAxes(
-            *(mesh.axis(axis) for axis in ("world", "data", "tensor", "expert", "expert_tensor")),
+            world=mesh.axis("world"),
+            data=mesh.axis("data"),
+            tensor=mesh.axis("tensor"),
+            expert=mesh.axis("expert"),
+            expert_tensor=mesh.axis("expert_tensor"),
             drop_duplicates=options.duplicate_token_dropping,
             sequence_split=mesh.topology.tensor > 1 and any(name.startswith(f"{stack}.") for stack in stacks),
         )
@@ -197,7 +201,7 @@ def _place(tensor: Tensor, layout: ParamLayout, mesh: TEDMesh, device: torch.dev
     """Replace a whole tensor by this rank's part of rank 0's."""
     full = tensor.data if device is None else tensor.data.to(device)
     full = broadcast_(full.contiguous(), mesh.axis("world"))
-    index = {cut.axis: mesh.axis(cut.axis).rank for cut in layout.cuts}
+    index: dict[str, int] = {cut.axis: mesh.axis(cut.axis).rank for cut in layout.cuts}
     part = layout.part(full, index)
     # A copy, so that the rest of the whole tensor is freed.
     tensor.data = part.clone(memory_format=torch.contiguous_format) if layout.cuts else full

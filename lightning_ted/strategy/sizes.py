@@ -59,22 +59,25 @@ def resolve_sizes(
     """
     layers = {} if module is None else moe_layers(module)
     styles = {} if module is None else module_styles(module, plan, complete)
-    if tensor == "auto":
-        heads = math.gcd(*head_counts(module, styles).values()) if module is not None and styles else 1
-        limit = math.gcd(world_size, devices_per_node)
-        # A plan without heads says nothing about what divides: then nothing is cut.
-        tensor = max(divisors(math.gcd(heads, limit))) if heads else 1
-    expert_tensor = tensor if expert_tensor is None else expert_tensor
+    tensor_size = (
+        _largest_tensor(module, styles, math.gcd(world_size, devices_per_node)) if tensor == "auto" else tensor
+    )
+    shard_size = tensor_size if expert_tensor is None else expert_tensor
+    base = Topology(world_size, tensor_size, 1, shard_size, order)
     experts = math.gcd(*(layer.num_experts for layer in layers.values()))
-    base = Topology(world_size, tensor, 1, expert_tensor, order)
-    if expert == "auto":
-        expert = math.gcd(experts, base.expert_data) if experts else 1
-    topology = Topology(world_size, tensor, expert, expert_tensor, order)
+    expert_size = math.gcd(experts, base.expert_data) if expert == "auto" else expert
+    topology = Topology(world_size, tensor_size, expert_size if layers or expert != "auto" else 1, shard_size, order)
     for name, layer in layers.items():
         _check_layer(name, layer, topology)
-    if module is not None and tensor > 1:
-        check_heads(module, styles, tensor)
+    if module is not None and tensor_size > 1:
+        check_heads(module, styles, tensor_size)
     return topology
+
+
+def _largest_tensor(module: nn.Module | None, styles: Mapping[str, Style], limit: int) -> int:
+    """The largest degree that divides ``limit`` and every number of heads; 1 where a plan names no heads."""
+    heads = [] if module is None else list(head_counts(module, styles).values())
+    return math.gcd(limit, *heads) if heads else 1
 
 
 def _check_layer(name: str, layer: MoE, topology: Topology) -> None:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ted.errors import PlanError
 from lightning_ted.layout import Cut
@@ -163,8 +163,8 @@ def _apply_style(
         _require(module, nn.CrossEntropyLoss, name, style)
         VocabParallelCrossEntropyLoss.adopt(module, axis)  # type: ignore[arg-type]
     elif style.name == "embedding_rowwise":
-        _require(module, nn.Embedding, name, style)
-        result.cuts[f"{name}.weight"] = (_cut(module.weight, 0, axis, name),)  # type: ignore[arg-type]
+        weight = _require(module, nn.Embedding, name, style).weight
+        result.cuts[f"{name}.weight"] = (_cut(weight, 0, axis, name),)
         VocabParallelEmbedding.adopt(module, axis, name)  # type: ignore[arg-type]
     elif style.name in _COLUMN:
         linear = _require(module, nn.Linear, name, style)
@@ -188,7 +188,7 @@ def _require(module: nn.Module, kind: type[nn.Module], name: str, style: Style) 
     return module  # type: ignore[return-value]
 
 
-def _cut(parameter: nn.Parameter, dim: int, axis: Axis, name: str, blocks: tuple[int, ...] = ()) -> Cut:
+def _cut(parameter: Tensor, dim: int, axis: Axis, name: str, blocks: tuple[int, ...] = ()) -> Cut:
     blocks = blocks or (parameter.shape[dim],)
     if sum(blocks) != parameter.shape[dim]:
         raise PlanError(f"the blocks {blocks} of '{name}' do not add up to its {parameter.shape[dim]} output features.")

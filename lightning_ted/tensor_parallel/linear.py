@@ -114,7 +114,7 @@ class RowParallelLinear(nn.Linear):
         axis, sequence = self.region.axis, self.region.sequence
         self.region.leave()
         if self.split_input:
-            input = split_features(input if sequence is None else sequence.gather(input), axis)
+            input = split_features(input if sequence is None else sequence.whole(input), axis)
         if sequence is None:
             output = row_linear(input, self.weight, axis)
         else:

@@ -59,6 +59,10 @@ class SequenceRegion:
         """All tokens, for column-parallel weights."""
         return gather_tokens_to_shards(x, x.dim() - 2, self._sizes(x), self.axis)
 
+    def whole(self, x: Tensor) -> Tensor:
+        """All tokens, for what is the same on every rank; unchanged where they are all there already."""
+        return x if x.shape[-2] == self.length else restore(x, self.length, self.axis, dim=x.dim() - 2)
+
     def scatter(self, x: Tensor) -> Tensor:
         """This rank's tokens of the sum of partial results of row-parallel weights."""
         return sum_shards_to_tokens(x, x.dim() - 2, shares(x.shape[-2], self.axis.size), self.axis)

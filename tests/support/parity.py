@@ -46,7 +46,7 @@ class Case:
         return PartitionOptions("auto", self.mode == "sequence", self.mode != "undropped")
 
     def __str__(self) -> str:
-        return f"w{self.world}-tp{self.tensor}-ep{self.expert}-etp{self.expert_tensor}-{self.order}-{self.mode}-k{self.config.top_k}"
+        return f"w{self.world}-tp{self.tensor}-ep{self.expert}-etp{self.expert_tensor}-{self.order}-{self.mode}"
 
 
 @dataclass

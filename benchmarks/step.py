@@ -24,12 +24,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.decoder.lightning_module import DecoderModule
 from examples.decoder.model import DecoderConfig
-from examples.decoder.text import corpus
+from examples.decoder.text import split
 from lightning_ted import TEDStrategy
 from lightning_ted.collectives.recorder import CommRecorder
 
@@ -180,7 +179,7 @@ def batches(steps: int, data: int) -> DataLoader:
     """``steps`` global batches of real text; a distributed sampler deals each out over the data ranks."""
     count = steps * GLOBAL_BATCH
     # Spread over the corpus: neighbouring windows of one file would be nearly the same text.
-    text = torch.frombuffer(bytearray(corpus()), dtype=torch.uint8)
+    text = torch.frombuffer(bytearray(split(4_000_000)[0]), dtype=torch.uint8)
     starts = torch.linspace(0, len(text) - SEQUENCE - 1, count).long()
     windows = text[starts[:, None] + torch.arange(SEQUENCE + 1)].long()
     dataset = TensorDataset(windows[:, :-1], windows[:, 1:])

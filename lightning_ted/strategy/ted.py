@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile
+from lightning_ted.errors import LayoutError
 from lightning_ted.layout import Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.clip import clip_by_norm_
@@ -138,19 +139,24 @@ class TEDStrategy(RankedStrategy):
         data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)
 
     def _resolve(self, module: pl.LightningModule | None) -> Topology:
+        world_size = self.num_nodes * self.num_processes
+        asked = (self._tensor_parallel_size, self._expert_parallel_size, self._expert_tensor_parallel_size)
         cut_before = _topology_of(module)
-        tensor, expert = self._tensor_parallel_size, self._expert_parallel_size
         if cut_before is not None:
-            # What "auto" chose when the layers were whole.
-            tensor = cut_before.tensor if tensor == "auto" else tensor
-            expert = cut_before.expert if expert == "auto" else expert
+            # The sizes that "auto" stands for were found when the layers were whole.
+            have = (cut_before.tensor, cut_before.expert, cut_before.expert_tensor)
+            fits = all(want in ("auto", None, size) for want, size in zip(asked, have, strict=True))
+            if not fits or cut_before.world_size != world_size or cut_before.order != self._rank_order:
+                raise LayoutError(
+                    f"{type(module).__name__} has been cut for {cut_before} and cannot be cut again for other sizes. Build a "
+                    "new module, and load a checkpoint into it to keep the weights."
+                )
+            return cut_before
         return resolve_sizes(
             module,
-            self.num_nodes * self.num_processes,
+            world_size,
             self.num_processes,
-            tensor,
-            expert,
-            self._expert_tensor_parallel_size,
+            *asked,
             self._rank_order,
             self._options.plan,
             complete=module is None or self._has_all_layers(module),

@@ -1,0 +1,116 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_ted.moe import MoE, Routing, auxiliary_loss, expert_counts
+from lightning_ted.moe.capacity import expert_capacity, within_capacity
+from lightning_ted.moe.losses import drop_rate
+
+
+class Fixed(nn.Module):
+    """Routes every token as it is told."""
+
+    def __init__(self, expert_TK: list[list[int]], num_experts: int) -> None:
+        super().__init__()
+        self.expert_TK = torch.tensor(expert_TK)
+        self.num_experts = num_experts
+
+    def forward(self, tokens: Tensor) -> Routing:
+        shape = (len(tokens), self.num_experts)
+        weight = torch.full(self.expert_TK.shape, 1 / self.expert_TK.shape[1])
+        return Routing(self.expert_TK, weight, torch.full(shape, 1 / self.num_experts), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8), (2, 3, 4, 8), (0, 8)])
+def test_any_leading_shape_is_kept(shape: tuple[int, ...]) -> None:
+    assert MoE(8, 16, 4)(torch.randn(shape)).shape == shape
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_even_load_costs_one_for_every_top_k(top_k: int) -> None:
+    choices = [[(token + choice) % 4 for choice in range(top_k)] for token in range(8)]
+    layer = MoE(8, 16, 4, router=Fixed(choices, 4), aux_loss_coef=1.0)
+    layer(torch.randn(8, 8))
+    assert auxiliary_loss(layer).item() == pytest.approx(1.0)
+    assert expert_counts(layer)[""].tolist() == [2 * top_k] * 4
+
+
+def test_z_loss_is_the_mean_squared_log_sum_exp() -> None:
+    layer = MoE(8, 16, 4, aux_loss_coef=0.0, z_loss_coef=0.5)
+    x = torch.randn(6, 8)
+    layer(x)
+    want = 0.5 * (x @ layer.router.weight.T).logsumexp(-1).square().mean()
+    torch.testing.assert_close(auxiliary_loss(layer), want)
+
+
+def test_auxiliary_loss_reaches_the_router() -> None:
+    layer = MoE(8, 16, 4)
+    layer(torch.randn(6, 8))
+    auxiliary_loss(layer).backward()
+    assert layer.router.weight.grad is not None and layer.router.weight.grad.abs().sum() > 0
+
+
+def test_auxiliary_loss_without_experts_or_forward_says_so() -> None:
+    with pytest.raises(RuntimeError, match="Linear has no MoE layer"):
+        auxiliary_loss(nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="MoE layer '' has not run yet"):
+        auxiliary_loss(MoE(8, 16, 4))
+
+
+def test_capacity_keeps_first_choices_and_earlier_tokens() -> None:
+    expert_TK = torch.tensor([[0, 1], [1, 0], [0, 1], [0, 2]])
+    # Expert 0 is the first choice of tokens 0, 2 and 3, and the second of token 1.
+    assert within_capacity(expert_TK, 3, 2).tolist() == [[True, True], [True, False], [True, False], [False, True]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "factor", "capacity"), [(8, 1.0, 4), (7, 1.0, 4), (1, 0.1, 1), (0, 1.0, 1), (4, 100.0, 200)]
+)
+def test_capacity_is_rounded_up(tokens: int, factor: float, capacity: int) -> None:
+    assert expert_capacity(tokens, 4, 2, factor) == capacity
+
+
+def test_dropped_assignments_contribute_nothing_and_are_counted() -> None:
+    torch.manual_seed(0)
+    router = Fixed([[0], [0], [0], [1]], 2)
+    capped, free = MoE(8, 16, 2, router=router, capacity_factor=1.0), MoE(8, 16, 2, router=router)
+    free.load_state_dict(capped.state_dict())
+    x = torch.randn(4, 8)
+    got, want = capped(x), free(x)
+    torch.testing.assert_close(got[[0, 1, 3]], want[[0, 1, 3]])
+    assert got[2].abs().max() == 0
+    assert drop_rate(capped)[""].item() == pytest.approx(0.25)
+    assert drop_rate(free)[""].item() == 0
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+def test_impossible_capacity_is_refused(factor: float) -> None:
+    with pytest.raises(ValueError, match="must be positive, or None"):
+        MoE(8, 16, 4, capacity_factor=factor)
+
+
+def test_layer_can_be_copied_and_pickled_after_a_forward() -> None:
+    layer = MoE(8, 16, 4)
+    x = torch.randn(3, 8)
+    want = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin.statistics is None
+        torch.testing.assert_close(twin(x), want)
+
+
+def test_order_of_tokens_does_not_change_their_outputs() -> None:
+    layer, x = MoE(8, 16, 4), torch.randn(9, 8)
+    order = torch.randperm(9)
+    torch.testing.assert_close(layer(x[order]), layer(x)[order])
+
+
+def test_layer_trains_under_autocast() -> None:
+    layer = MoE(8, 16, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = layer(torch.randn(6, 8)).square().mean() + auxiliary_loss(layer)
+    loss.backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name

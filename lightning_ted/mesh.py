@@ -1,8 +1,7 @@
 """From ``Topology`` to process groups and torch's ``DeviceMesh``.
 
 One process group is made for each distinct set of ranks, however many axes use it: where the expert-tensor axis holds
-the
-same ranks as the tensor axis, both share one communicator.
+the same ranks as the tensor axis, both share one communicator.
 """
 
 from __future__ import annotations

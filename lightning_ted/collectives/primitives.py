@@ -1,8 +1,8 @@
 """The collectives themselves, without gradients.
 
 They are torch's functional collectives called as raw operators: the same on every torch from 2.10, and visible to
-selective
-checkpointing, fake tensors and ``torch.compile``. A group of one rank communicates nothing and launches nothing.
+selective checkpointing, fake tensors and ``torch.compile``. A group of one rank communicates nothing and launches
+nothing.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tenso
     """The sum over ranks of this rank's rows: ``[sum(sizes), ...] -> [sizes[rank], ...]``; the sizes may differ.
 
     Sent as an all-to-all and summed here in rank order: the same bytes as a reduce-scatter, exact sizes, and sums in
-    the
-    precision of the arithmetic rather than of the backend (gloo's own is an all-reduce inside and adds 16-bit in
+    the precision of the arithmetic rather than of the backend (gloo's own is an all-reduce inside and adds 16-bit in
     16-bit).
     """
     if axis.size == 1:

@@ -5,8 +5,7 @@
 ranks.
 
 Each is the gradient of the other (arXiv 2303.06318, section 5.1). A number of tokens that the axis does not divide is
-shared
-out unevenly, the first ranks taking one more.
+shared out unevenly, the first ranks taking one more.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Expert capacity: at most so many assignments an expert, the rest dropped (GShard, arXiv 2006.16668, algorithm 1).
 
 The pool of tokens that share a capacity is one data rank's micro-batch, all its tensor ranks together, so dropping does
-not
-depend on the tensor-parallel degree, on duplicate token dropping or on sequence parallelism.
+not depend on the tensor-parallel degree, on duplicate token dropping or on sequence parallelism.
 """
 
 from __future__ import annotations

@@ -2,12 +2,9 @@
 
 Note [Global-batch statistics]
 The load-balancing loss multiplies two averages, so the mean of per-rank losses is not the loss of the whole batch.
-Every rank
-therefore sums counts and scores over all ranks first. All layers travel in one all-reduce. Its gradient is an all-
-reduce over
-the data axis as well: each data rank's loss holds the same global term, and their gradients are averaged afterwards.
-Tensor
-ranks that saw different tokens hold one copy of the loss together, so theirs are not added.
+Every rank therefore sums counts and scores over all ranks first. All layers travel in one all-reduce. Its gradient is
+an all- reduce over the data axis as well: each data rank's loss holds the same global term, and their gradients are
+averaged afterwards. Tensor ranks that saw different tokens hold one copy of the loss together, so theirs are not added.
 """
 
 from __future__ import annotations
@@ -91,11 +88,9 @@ def auxiliary_loss(module: nn.Module) -> Tensor:
     loss.
 
     The load-balancing loss is ``E * sum_e f_e * p_e`` (Switch Transformer, arXiv 2101.03961, eq. 4; ``f`` the share of
-    the
-    assignments, ``p`` the mean score): 1 when the load is even, for every ``top_k``. The z-loss is the mean of
+    the assignments, ``p`` the mean score): 1 when the load is even, for every ``top_k``. The z-loss is the mean of
     ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5). Both are taken over the micro-batch of all ranks: value
-    and
-    gradient do not depend on the layout. Every rank has to call it, once a forward.
+    and gradient do not depend on the layout. Every rank has to call it, once a forward.
 
     Raises:
         RuntimeError: If a layer has not run since its last use.

@@ -1,8 +1,7 @@
 """Moving rows between token order and expert order: gathers in both directions.
 
 A scatter-add would sum in an order that depends on which rank holds which expert, and needs atomics on a GPU. Here the
-gradient
-of every gather is a gather by the inverse permutation, so results do not depend on the layout.
+gradient of every gather is a gather by the inverse permutation, so results do not depend on the layout.
 """
 
 from __future__ import annotations

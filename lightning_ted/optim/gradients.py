@@ -2,8 +2,7 @@
 
 The gradient of a parameter is summed over the ranks that saw different tokens for the same element, and divided by the
 data-parallel degree, expert or not: an expert receives rows from many ranks, but each of their losses is a mean over
-one data
-rank's batch (DeepSpeed-MoE, arXiv 2201.05596: "reduced over expert-data, divided by data").
+one data rank's batch (DeepSpeed-MoE, arXiv 2201.05596: "reduced over expert-data, divided by data").
 """
 
 from __future__ import annotations

@@ -2,13 +2,10 @@
 
 Note [Gradients that are summed already]
     Two backward passes may add into the same gradients without a step in between: accumulation by hand, or two losses
-    of one
-    ``training_step``. The second sum then runs over values that the first has summed. For a dense gradient that changes
-    nothing (the mean of equal values); but a sum over the world divided by the data-parallel degree would multiply it
-    by the
-    tensor-parallel degree, and that of an expert by ``expert_data / data``. So before a pass adds to it, a summed
-    gradient is
-    divided by that factor, which the next sum restores.
+    of one ``training_step``. The second sum then runs over values that the first has summed. For a dense gradient that
+    changes nothing (the mean of equal values); but a sum over the world divided by the data-parallel degree would
+    multiply it by the tensor-parallel degree, and that of an expert by ``expert_data / data``. So before a pass adds to
+    it, a summed gradient is divided by that factor, which the next sum restores.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ def seed_workers(dataloader: object, data_rank: int) -> object:
     """Seed a loader's workers by the data rank where ``seed_everything(workers=True)`` asked for it.
 
     Lightning would seed them by the global rank, and so augment differently on tensor peers. A worker function of the
-    user
-    is left alone.
+    user is left alone.
     """
     wanted = int(os.environ.get("PL_SEED_WORKERS", "0"))
     if wanted and isinstance(dataloader, DataLoader) and dataloader.worker_init_fn is None:

@@ -2,10 +2,8 @@
 
 Note [Why parameters are cut in place]
 ``parameter.data`` is replaced by this rank's part, so the ``Parameter`` object stays: optimizers that were made
-earlier, tied
-names, frozen flags and callbacks that hold parameters stay valid. How it was cut is kept by qualified name in a record
-on the
-LightningModule, not on the parameter, whose attributes do not survive a copy.
+earlier, tied names, frozen flags and callbacks that hold parameters stay valid. How it was cut is kept by qualified
+name in a record on the LightningModule, not on the parameter, whose attributes do not survive a copy.
 """
 
 from __future__ import annotations

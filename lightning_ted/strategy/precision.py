@@ -1,8 +1,7 @@
 """Lightning's precision plugins, made to clip by the norm of the whole model.
 
 A plugin is handed the optimizer only, and torch's ``clip_grad_norm_`` then sees this rank's shards: each tensor rank
-would
-clip by another norm, and replicated weights would drift apart.
+would clip by another norm, and replicated weights would drift apart.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """``Trainer(strategy="ted")`` without importing torch or Lightning before they are wanted.
 
 Lightning looks a strategy's name up in its registry when a ``Trainer`` is made, and offers no entry point for
-strategies:
-somebody has to write the name into the registry. That is done at once where Lightning is loaded already, and as soon as
-it
-loads where it is not. What is registered is a function that imports the strategy when a ``Trainer`` asks for it.
+strategies: somebody has to write the name into the registry. That is done at once where Lightning is loaded already,
+and as soon as it loads where it is not. What is registered is a function that imports the strategy when a ``Trainer``
+asks for it.
 """
 
 from __future__ import annotations

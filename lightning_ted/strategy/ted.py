@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile
 from lightning_ted.errors import LayoutError
+from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.clip import clip_by_norm_
@@ -87,6 +88,11 @@ class TEDStrategy(RankedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = _compat.default_pg_timeout,
     ) -> None:
+        if sequence_parallel and not duplicate_token_dropping:
+            raise UnsupportedError(
+                "`sequence_parallel=True` splits the tokens before the experts, which leaves no duplicates to keep: "
+                "`duplicate_token_dropping=False` cannot be had with it. Leave one of the two at its default."
+            )
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -145,7 +151,8 @@ class TEDStrategy(RankedStrategy):
         if cut_before is not None:
             # The sizes that "auto" stands for were found when the layers were whole.
             have = (cut_before.tensor, cut_before.expert, cut_before.expert_tensor)
-            fits = all(want in ("auto", None, size) for want, size in zip(asked, have, strict=True))
+            wanted = (*asked[:2], cut_before.tensor if asked[2] is None else asked[2])
+            fits = all(want in ("auto", size) for want, size in zip(wanted, have, strict=True))
             if not fits or cut_before.world_size != world_size or cut_before.order != self._rank_order:
                 raise LayoutError(
                     f"{type(module).__name__} has been cut for {cut_before} and cannot be cut again for other sizes. Build a "

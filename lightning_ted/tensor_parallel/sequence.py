@@ -17,9 +17,8 @@ class SequenceRegion:
     """A stack of blocks whose hidden states are split along the sequence, dimension -2 of ``[batch, sequence, width]``.
 
     Column-parallel layers inside gather the tokens, row-parallel layers reduce-scatter them. A length that the axis
-    does not
-    divide is shared out unevenly, so the whole length, which a share does not tell, is kept from the entry of the
-    region.
+    does not divide is shared out unevenly, so the whole length, which a share does not tell, is kept from the entry of
+    the region.
     """
 
     def __init__(self, name: str, axis: Axis) -> None:

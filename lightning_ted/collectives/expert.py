@@ -1,11 +1,11 @@
 """Collectives of expert parallelism, each beside its dual. Rows are ``[N, D]``; sizes are exact, never padded.
 
-``exchange_rows``:          all-to-all; its gradient is the all-to-all with the sizes reversed.
-``gather_rows_to_shards``:  forward all-gather over expert-tensor ranks that hold different rows; gradient reduce-
-scatter. ``sum_shards_to_rows``:     forward reduce-scatter of the shards' partial outputs; gradient all-gather.
+- ``exchange_rows``: all-to-all; its gradient is the all-to-all with the sizes reversed.
+- ``gather_rows_to_shards``: all-gather over expert-tensor ranks that hold different rows; its gradient is a reduce-scatter.
+- ``sum_shards_to_rows``: reduce-scatter of the shards' partial outputs; its gradient is an all-gather.
 
-The last two are each other's dual. They replace the paper's all-gather before and all-reduce-then-drop after an expert:
-a reduce-scatter is just that, at half the bytes.
+The last two are each other's dual. They replace the paper's all-gather before and all-reduce-then-drop after an expert: a
+reduce-scatter is just that, at half the bytes.
 """
 
 from __future__ import annotations

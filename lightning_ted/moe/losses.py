@@ -3,7 +3,7 @@
 Note [Global-batch statistics]
 The load-balancing loss multiplies two averages, so the mean of per-rank losses is not the loss of the whole batch.
 Every rank therefore sums counts and scores over all ranks first. All layers travel in one all-reduce. Its gradient is
-an all- reduce over the data axis as well: each data rank's loss holds the same global term, and their gradients are
+an all-reduce over the data axis as well: each data rank's loss holds the same global term, and their gradients are
 averaged afterwards. Tensor ranks that saw different tokens hold one copy of the loss together, so theirs are not added.
 """
 

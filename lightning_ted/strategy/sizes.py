@@ -46,9 +46,12 @@ def resolve_sizes(
         module: The model, as far as it has been built; None where there is none yet.
         world_size: Number of ranks.
         devices_per_node: Ranks on one node, which an automatic tensor-parallel degree does not leave.
-        tensor: Tensor-parallel degree. expert: Expert-parallel degree. expert_tensor: Expert-tensor degree; None for
-        ``tensor``. order: Rank order. plan: Tensor-parallel plan. complete: False while the model has layers still to
-        build.
+        tensor: Tensor-parallel degree.
+        expert: Expert-parallel degree.
+        expert_tensor: Expert-tensor degree; None for ``tensor``.
+        order: Rank order.
+        plan: Tensor-parallel plan.
+        complete: False while the model has layers still to build.
 
     Raises:
         LayoutError, PlanError: If a size does not fit the world or the model.

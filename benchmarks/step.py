@@ -24,7 +24,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from examples.decoder.lightning_module import DecoderModule
 from examples.decoder.model import DecoderConfig
@@ -175,15 +175,17 @@ def status_bytes(key: str) -> int:
     raise KeyError(key)
 
 
-def batches(steps: int, data: int) -> DataLoader:
-    """``steps`` global batches of real text; a distributed sampler deals each out over the data ranks."""
-    count = steps * GLOBAL_BATCH
-    # Spread over the corpus: neighbouring windows of one file would be nearly the same text.
+def batches(steps: int, layout: Layout) -> DataLoader:
+    """This rank's share of ``steps`` global batches of real text, which are the same under every layout."""
     text = torch.frombuffer(bytearray(split(4_000_000)[0]), dtype=torch.uint8)
-    starts = torch.linspace(0, len(text) - SEQUENCE - 1, count).long()
+    generator = torch.Generator().manual_seed(0)
+    starts = torch.randint(len(text) - SEQUENCE, (steps * GLOBAL_BATCH,), generator=generator)
     windows = text[starts[:, None] + torch.arange(SEQUENCE + 1)].long()
     dataset = TensorDataset(windows[:, :-1], windows[:, 1:])
-    return DataLoader(dataset, batch_size=GLOBAL_BATCH // data, shuffle=False)
+    # Tensor ranks are neighbours. The Trainer's own sampler would shuffle, and not for one process.
+    index = int(os.environ.get("LOCAL_RANK", 0)) * layout.data // layout.ranks
+    sampler = DistributedSampler(dataset, layout.data, index, shuffle=False)
+    return DataLoader(dataset, batch_size=GLOBAL_BATCH // layout.data, sampler=sampler)
 
 
 def run_rank(model: str, layout_name: str, warmup: int, steps: int, profile: Path | None = None) -> RankResult:
@@ -201,13 +203,14 @@ def run_rank(model: str, layout_name: str, warmup: int, steps: int, profile: Pat
         strategy=strategy,
         max_steps=warmup + steps,
         callbacks=[Meter(warmup, result)],
+        use_distributed_sampler=False,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         profiler=torch_profiler(profile, warmup, steps) if profile is not None else None,
     )
-    trainer.fit(Decoder(MODELS[model]), batches(warmup + steps, layout.data))
+    trainer.fit(Decoder(MODELS[model]), batches(warmup + steps, layout))
     result.peak = status_bytes("VmHWM") - imports
     if strategy == "ddp":
         sent = ddp_bytes(trainer)

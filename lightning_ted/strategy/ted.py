@@ -22,8 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile
-from lightning_ted.errors import LayoutError
-from lightning_ted.errors import UnsupportedError
+from lightning_ted.errors import LayoutError, UnsupportedError
 from lightning_ted.layout import Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.clip import clip_by_norm_
@@ -344,7 +343,7 @@ class TEDStrategy(RankedStrategy):
     def on_exception(self, exception: BaseException) -> None:
         _compat.augment_message(
             exception,
-            pattern=".*Connection closed by peer.*",
+            pattern=r"(?i).*(closed by peer|reset by peer|remote worker).*",
             new_message=(
                 "Another rank has left: this rank waited for it in a collective. The first traceback of the other ranks, "
                 "not this one, tells why."

@@ -74,6 +74,7 @@ def test_sizes_that_do_not_divide_end_the_command_with_a_message(run: Callable[.
             "fit",
             BORING,
             "--seed_everything=1",
+            "--trainer.logger=false",
             "--trainer.accelerator=cpu",
             "--trainer.devices=4",
             "--trainer.strategy=lightning_ted.TEDStrategy",

@@ -1,8 +1,7 @@
 """Tensor + expert + data parallel training of mixture-of-experts models, as a Lightning strategy.
 
 The front door: names only, each imported when it is first used, so that ``import lightning_ted`` loads neither torch
-nor
-Lightning. It makes ``Trainer(strategy="ted")`` known, whichever of the two packages is imported first.
+nor Lightning. It makes ``Trainer(strategy="ted")`` known, whichever of the two packages is imported first.
 """
 
 from importlib import import_module

@@ -8,8 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ted.moe import MoE, expert_counts
-from lightning_ted.moe.losses import drop_rate
+from lightning_ted.moe import MoE, drop_rate, expert_counts
 
 
 def imbalance(counts_E: Tensor) -> float:

@@ -1,9 +1,8 @@
 """From routing to experts and back: the only place of a MoE layer that communicates about tokens.
 
 Rows travel token order -> expert order (one row per assignment) -> owner of the expert (all-to-all) -> every shard of
-the expert
-(all-gather) -> grouped by local expert; and back the same way. Exact sizes are sent, so results do not depend on the
-layout.
+the expert (all-gather) -> grouped by local expert; and back the same way. Exact sizes are sent, so results do not
+depend on the layout.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ class ShardedRegion:
     """What the column- and row-parallel layers of one parent share: their input, and random numbers of their own.
 
     Column-parallel siblings that read the same tensor (query, key, value; gate, up) hand it over once, so their
-    gradients
-    for it are added before the one all-reduce; with sequence parallelism it is gathered once, too.
+    gradients for it are added before the one all-reduce; with sequence parallelism it is gathered once, too.
     """
 
     def __init__(self, axis: Axis, sequence: SequenceRegion | None, readers: int, random: bool) -> None:

@@ -12,8 +12,7 @@ class ShardRandomness:
     """Switches the default generators to a stream of this tensor rank's own, and back.
 
     The stream is seeded by a number drawn from the common stream, so it has no state: whoever restores the common
-    stream
-    (activation checkpointing, resuming) gets the same numbers again, on shards too.
+    stream (activation checkpointing, resuming) gets the same numbers again, on shards too.
     """
 
     def __init__(self, axis: Axis) -> None:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ted.mesh import SINGLE, Axis
+from lightning_ted.moe.activations import swiglu
 
 Activation = Literal["swiglu", "gelu", "relu"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": swiglu}
 
 
 class Experts(nn.Module):
@@ -81,12 +82,7 @@ class Experts(nn.Module):
         down_bias: Tensor | None = self.get_parameter("down_proj_bias") if up_bias is not None else None
         groups = Groups(counts_e, rows_ND.shape[0])
         hidden_NF = groups.bias(groups.linear(rows_ND, up), up_bias)
-        act = _ACTIVATIONS[self.activation]
-        if self.activation == "swiglu":
-            gate_NF, value_NF = hidden_NF.chunk(2, -1)
-            hidden_NF = act(gate_NF) * value_NF
-        else:
-            hidden_NF = act(hidden_NF)
+        hidden_NF = _ACTIVATIONS[self.activation](hidden_NF)
         return groups.bias(groups.linear(hidden_NF, self.down_proj), down_bias, self.tensor_axis)
 
     def extra_repr(self) -> str:

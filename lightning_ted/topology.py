@@ -54,8 +54,7 @@ class Topology:
         tensor: Tensor-parallel degree of the non-expert layers (``G_t`` of the paper).
         expert: Expert-parallel degree (``G_e``).
         expert_tensor: Tensor-parallel degree inside an expert; a divisor of ``tensor``. ``tensor`` itself is the
-        paper's
-            scheme, 1 folds the tensor axis into the expert axes.
+            paper's scheme, 1 folds the tensor axis into the expert axes.
         order: ``"expert_first"`` (E+D) places the members of an expert group on neighbouring ranks, ``"data_first"``
             (D+E) the replicas of an expert.
 

@@ -11,9 +11,8 @@ class CommRecorder:
     Attributes:
         calls: Number of collectives by ``(kind, axis)``.
         bytes: Bytes that this rank sends by ``(kind, axis)``, by the ring algorithms' counts: an all-reduce of ``n``
-        bytes over
-            ``g`` ranks sends ``2 n (g - 1) / g``, a reduce-scatter ``n (g - 1) / g``, an all-gather of ``n`` local
-            bytes ``n (g - 1)``, an all-to-all what it addresses to others.
+            bytes over ``g`` ranks sends ``2 n (g - 1) / g``, a reduce-scatter ``n (g - 1) / g``, an all-gather of ``n``
+            local bytes ``n (g - 1)``, an all-to-all what it addresses to others.
 
     """
 

@@ -95,9 +95,8 @@ class ExpertParallelDispatcher:
 
     Args:
         axes: The layer's axes. Where tensor ranks dispatch different tokens, an expert's shards gather each other's
-        rows and
-            reduce-scatter their partial outputs. Where they dispatch the same tokens (no duplicate token dropping), the
-            shards hold the same rows already, and all-reduce.
+            rows and reduce-scatter their partial outputs. Where they dispatch the same tokens (no duplicate token
+            dropping), the shards hold the same rows already, and all-reduce.
 
     """
 

@@ -37,8 +37,7 @@ class MoE(nn.Module):
         aux_loss_coef: Coefficient of the load-balancing loss in :func:`auxiliary_loss`.
         z_loss_coef: Coefficient of the router's z-loss in :func:`auxiliary_loss`.
         router: A router of your own: a module that maps tokens ``[T, D]`` to a :class:`Routing`; the arguments
-        ``score`` and
-            ``normalize_top_k`` then do not apply. It has to be a pure function of the tokens.
+            ``top_k``, ``score`` and ``normalize_top_k`` then do not apply. It has to be a pure function of the tokens.
 
     Attributes:
         statistics: What the last forward saw on this rank.

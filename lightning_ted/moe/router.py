@@ -24,8 +24,7 @@ class TopKRouter(nn.Module):
         top_k: Experts per token.
         score: ``"softmax"`` over all experts, or an independent ``"sigmoid"`` of each logit.
         normalize_top_k: Divide a token's weights by their sum. Top-1 with softmax scores is never normalised, its
-        weight being
-            the only path of a gradient to the router.
+            weight being the only path of a gradient to the router.
 
     """
 

@@ -84,8 +84,7 @@ class GradientReducer:
         mesh: The mesh.
         layouts: Qualified parameter name to layout.
         expert_duplicates: How many times every token reaches its expert: more than once where tensor ranks dispatch the
-        same
-            tokens to an expert that is not cut over them.
+            same tokens to an expert that is not cut over them.
 
     """
 

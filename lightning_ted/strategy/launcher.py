@@ -22,7 +22,7 @@ class CheckingLauncher(SubprocessScriptLauncher):
         num_processes: Processes on this node.
         num_nodes: Number of nodes.
         check: Called with the LightningModule that is about to run (``None`` if unknown); raises if the sizes do not
-        fit.
+            fit.
 
     """
 

@@ -58,6 +58,36 @@ def test_precisions_train(pools: Pools, precision: str) -> None:
     assert_close(results[0], pools(2).run(_fit, "ddp", options)[0], tolerance)
 
 
+def _one_step(layout: str, batch: int, accumulate: int) -> dict[str, torch.Tensor]:
+    run = trainer(layout, max_steps=1, accumulate_grad_batches=accumulate)
+    run.fit(Toy("sgd"), loader(batch))
+    return whole_weights(run)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2 etp1", "ep4"])
+def test_accumulated_step_moves_every_parameter_like_one_large_batch(pools: Pools, layout: str) -> None:
+    before = Toy().state_dict()
+    large = BATCH[layout]
+    accumulated = pools(4).run(_one_step, layout, large // 2, 2)
+    assert_same_everywhere(accumulated)
+    for name, tensor in accumulated[0].items():
+        assert not torch.equal(tensor, before[name]), f"{name} has not moved"
+    assert_close(accumulated[0], pools(4).run(_one_step, layout, large, 1)[0], 1e-6)
+
+
+def _router_of(layout: str) -> torch.Tensor:
+    run = trainer(layout, gradient_clip_val=0.05)
+    run.fit(module := Toy("sgd"), loader(BATCH[layout]))
+    return module.net.moe.router.weight.detach().clone()
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp4", "tp2 etp1"])
+def test_router_stays_equal_on_tensor_peers(pools: Pools, layout: str) -> None:
+    first, *others = pools(4).run(_router_of, layout)
+    for other in others:
+        assert torch.equal(first, other)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_ted.mesh import SINGLE, Axis
-from lightning_ted.moe.activations import swiglu
-
-Activation = Literal["swiglu", "gelu", "relu"]
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "swiglu": swiglu}
+from lightning_ted.moe.activations import ACTIVATIONS, Activation, ActivationName, activate
 
 
 class Experts(nn.Module):
@@ -35,11 +32,11 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self, num_experts: int, d_model: int, d_ff: int, activation: Activation = "swiglu", bias: bool = False
+        self, num_experts: int, d_model: int, d_ff: int, activation: ActivationName = "swiglu", bias: bool = False
     ) -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"`activation={activation!r}` is unknown; choose one of {', '.join(_ACTIVATIONS)}.")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"`activation={activation!r}` is unknown; choose one of {', '.join(ACTIVATIONS)}.")
         for argument, value in (("num_experts", num_experts), ("d_model", d_model), ("d_ff", d_ff)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{argument}={value!r}` must be a positive whole number.")
@@ -49,7 +46,7 @@ class Experts(nn.Module):
         self.activation = activation
         # Where the hidden width is cut; set by a strategy.
         self.tensor_axis: Axis = SINGLE
-        hidden = 2 * d_ff if activation == "swiglu" else d_ff
+        hidden = ACTIVATIONS[activation].widening * d_ff
         self.up_name = "gate_up_proj" if activation == "swiglu" else "up_proj"
         self.register_parameter(self.up_name, nn.Parameter(torch.empty(num_experts, hidden, d_model)))
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, d_ff))
@@ -81,9 +78,9 @@ class Experts(nn.Module):
         up_bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
         down_bias: Tensor | None = self.get_parameter("down_proj_bias") if up_bias is not None else None
         groups = Groups(counts_e, rows_ND.shape[0])
-        hidden_NF = groups.bias(groups.linear(rows_ND, up), up_bias)
-        hidden_NF = _ACTIVATIONS[self.activation](hidden_NF)
-        return groups.bias(groups.linear(hidden_NF, self.down_proj), down_bias, self.tensor_axis)
+        hidden_NH = groups.bias(groups.linear(rows_ND, up), up_bias)
+        out_ND = groups.activated_linear(hidden_NH, ACTIVATIONS[self.activation], self.down_proj)
+        return groups.bias(out_ND, down_bias, self.tensor_axis)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, d_model={self.d_model}, d_ff={self.d_ff}, activation={self.activation}"
@@ -100,16 +97,25 @@ class Groups:
 
     def linear(self, rows_NI: Tensor, weight_eOI: Tensor) -> Tensor:
         """``rows @ weight[expert].T``: one grouped GEMM, or a loop over the experts where that cannot be used."""
-        if torch.is_autocast_enabled(rows_NI.device.type):
-            dtype = torch.get_autocast_dtype(rows_NI.device.type)
-            rows_NI, weight_eOI = rows_NI.to(dtype), weight_eOI.to(dtype)
-        obstacle = grouped_gemm_obstacle(rows_NI, weight_eOI)
-        if self._rows and obstacle is None:
-            return _ContiguousGrad.apply(
-                F.grouped_mm(rows_NI.contiguous(), weight_eOI.transpose(-2, -1), offs=self._offsets_e)
-            )
+        rows_NI, weight_eOI = _autocast(rows_NI, weight_eOI)
+        if not self._can_fuse(rows_NI.dtype, weight_eOI):
+            return self._one_by_one(rows_NI, weight_eOI)
+        return _ContiguousGrad.apply(_grouped_linear(rows_NI.contiguous(), weight_eOI, self._offsets_e))
+
+    def activated_linear(self, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor) -> Tensor:
+        """:meth:`linear` of ``activation(hidden)``; of the two, only ``hidden`` is kept for the backward."""
+        hidden_NH, weight_eOI = _autocast(hidden_NH, weight_eOI)
+        if not self._can_fuse(hidden_NH.dtype, weight_eOI):
+            return self._one_by_one(activate(hidden_NH, activation), weight_eOI)
+        return _ActivatedLinear.apply(hidden_NH, activation, weight_eOI, self._offsets_e)
+
+    def _can_fuse(self, dtype: torch.dtype, weight_eOI: Tensor) -> bool:
+        obstacle = grouped_gemm_obstacle(dtype, weight_eOI)
         if obstacle is not None:
             _warn_slow(obstacle)
+        return self._rows > 0 and obstacle is None
+
+    def _one_by_one(self, rows_NI: Tensor, weight_eOI: Tensor) -> Tensor:
         if self._sizes is None:
             self._sizes = self._counts_e.tolist() if self._rows else [0] * len(weight_eOI)
         # unbind, not indexing: the gradient of an index is as large as the whole weight, once for each expert.
@@ -127,6 +133,37 @@ class Groups:
         return rows_NO + each_NO
 
 
+def _grouped_linear(rows_NI: Tensor, weight_eOI: Tensor, offsets_e: Tensor) -> Tensor:
+    return F.grouped_mm(rows_NI, weight_eOI.transpose(-2, -1), offs=offsets_e)
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    """The down projection of activated features.
+
+    Left to autograd, the projection would keep its input: as large as the hidden features, or half of them when gated.
+    Making it again is one elementwise pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor, offsets_e: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden_NH, weight_eOI, offsets_e)
+        ctx.activation = activation
+        return _grouped_linear(activation.value(hidden_NH), weight_eOI, offsets_e)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        hidden_NH, weight_eOI, offsets_e = ctx.saved_tensors
+        grad_NO = grad_NO.contiguous()
+        grad_weight = grad_hidden = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = F.grouped_mm(grad_NO.T, ctx.activation.value(hidden_NH), offs=offsets_e)
+        if ctx.needs_input_grad[0]:
+            grad_NI = F.grouped_mm(grad_NO, weight_eOI, offs=offsets_e)
+            grad_hidden = ctx.activation.gradient(grad_NI, hidden_NH)
+        return grad_hidden, None, grad_weight, None
+
+
 class _ContiguousGrad(torch.autograd.Function):
     """The grouped GEMM's gradient refuses expanded tensors, such as that of ``sum()``."""
 
@@ -139,9 +176,17 @@ class _ContiguousGrad(torch.autograd.Function):
         return grad.contiguous()
 
 
-def grouped_gemm_obstacle(rows_NI: Tensor, weight_eOI: Tensor) -> str | None:
-    """Why torch's grouped GEMM cannot multiply these, or None if it can."""
-    dtype, device = rows_NI.dtype, rows_NI.device
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as autocast wants the operands of a matrix multiplication."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
+
+
+def grouped_gemm_obstacle(dtype: torch.dtype, weight_eOI: Tensor) -> str | None:
+    """Why torch's grouped GEMM cannot multiply rows of ``dtype`` with the weight, or None if it can."""
+    device = weight_eOI.device
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"it has no kernel for {dtype}"
     if device.type == "cuda" and (dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (8, 0)):

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ted.collectives.tokens import drop, restore
+from lightning_ted.moe.activations import ActivationName
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.capacity import limit_to_capacity
 from lightning_ted.moe.dispatcher import make_dispatcher
-from lightning_ted.moe.experts import Activation, Experts
+from lightning_ted.moe.experts import Experts
 from lightning_ted.moe.losses import RoutingStatistics
 from lightning_ted.moe.router import TopKRouter
 from lightning_ted.moe.routing import Routing
@@ -50,7 +51,7 @@ class MoE(nn.Module):
         d_ff: int,
         num_experts: int,
         top_k: int = 2,
-        activation: Activation = "swiglu",
+        activation: ActivationName = "swiglu",
         bias: bool = False,
         capacity_factor: float | None = None,
         score: Literal["softmax", "sigmoid"] = "softmax",

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_ted.errors import TEDError
 from lightning_ted.topology import AXIS_NAMES, AxisName, Topology
 
 
@@ -31,7 +32,7 @@ class Axis:
     """This rank's group on one axis of the mesh: what a collective needs to know, and all that a module keeps.
 
     Copies of a module share their axes (a process group cannot be copied), and a pickled axis is a description: it
-    keeps size and rank, and has to be attached to a mesh again before it can communicate.
+    keeps size and rank, and cannot communicate.
     """
 
     name: str
@@ -41,11 +42,24 @@ class Axis:
     ledger: Ledger = field(default_factory=Ledger, repr=False)
 
     @property
+    def attached_group(self) -> dist.ProcessGroup:
+        """The group, for those who would take None for the whole world.
+
+        Raises:
+            TEDError: If there is none.
+
+        """
+        if self.group is None:
+            raise TEDError(
+                f"the {self.name!r} axis of size {self.size} is not attached to a process group: what it belongs to has been "
+                "pickled. Build the module anew, and load a checkpoint into it to keep the weights."
+            )
+        return self.group
+
+    @property
     def group_name(self) -> str:
         """The registered name of the group, as the functional collectives want it."""
-        if self.group is None:
-            raise RuntimeError(f"the {self.name!r} axis of size {self.size} is not attached to a process group.")
-        return self.group.group_name
+        return self.attached_group.group_name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Axis:
         return self
@@ -68,7 +82,8 @@ class TEDMesh:
 
     ``dense`` is a :class:`~torch.distributed.device_mesh.DeviceMesh` with the axes ``data_parallel`` and
     ``tensor_parallel``; ``expert`` one with ``expert_data_parallel``, ``expert_parallel`` and
-    ``expert_tensor_parallel``.
+    ``expert_tensor_parallel``. Every rank has to make the mesh, and to ask for these two in the same order, because both
+    make process groups.
 
     """
 
@@ -79,14 +94,26 @@ class TEDMesh:
         self._device_type = device_type
         self._timeout = timeout
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        if dist.is_initialized():
-            self._groups[topology.group("world", self.rank)] = dist.group.WORLD  # type: ignore[assignment]
+        self._world = _current_world()
+        if self._world is not None:
+            self._groups[topology.group("world", self.rank)] = self._world
         self._axes = {name: self._make_axis(name) for name in AXIS_NAMES}
         self._meshes: dict[str, DeviceMesh] = {}
 
     def axis(self, name: AxisName) -> Axis:
         """This rank's group on one axis."""
         return self._axes[name]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the processes are still joined as they were when the mesh was made."""
+        return self._world is _current_world()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TEDMesh:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_pickled_mesh, ())
 
     @property
     def dense(self) -> DeviceMesh:
@@ -136,3 +163,11 @@ class TEDMesh:
             names = tuple(f"{name}_parallel" for name in axes)
             self._meshes[key] = DeviceMesh.from_group(groups, self._device_type, mesh=ranks, mesh_dim_names=names)
         return self._meshes[key]
+
+
+def _current_world() -> dist.ProcessGroup | None:
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _pickled_mesh() -> None:
+    """What a pickled mesh becomes: process groups do not outlive their processes."""

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from lightning_ted.errors import LayoutError
 
 RankOrder = Literal["expert_first", "data_first"]
-AxisName = Literal["world", "data", "tensor", "expert_data", "expert", "expert_tensor", "expert_replica"]
+AxisName = Literal["world", "data", "tensor", "expert_data", "expert", "expert_tensor"]
 
 AXIS_NAMES: tuple[AxisName, ...] = get_args(AxisName)
 
@@ -112,8 +112,6 @@ class Topology:
         """Number of ranks in one group of ``axis``."""
         if axis == "world":
             return self.world_size
-        if axis == "expert_replica":
-            return self.expert_data * self.expert_tensor
         return getattr(self, axis)
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -133,15 +131,8 @@ class Topology:
             expert, expert_data = divmod(slow_fast, self.expert_data)
         return Coordinates(data, tensor, expert_data, expert, expert_tensor)
 
-    def index(self, axis: AxisName, rank: int) -> int:
-        """Position of ``rank`` within its group of ``axis``."""
-        return self.group(axis, rank).index(rank)
-
     def group(self, axis: AxisName, rank: int) -> tuple[int, ...]:
-        """The ranks that share ``rank``'s group of ``axis``, in the order of their index on it.
-
-        ``expert_replica`` is the group of ranks that hold the same experts: expert-data x expert-tensor.
-        """
+        """The ranks that share ``rank``'s group of ``axis``, in the order of their index on it."""
         at = self.coordinates(rank)
         if axis == "world":
             return tuple(range(self.world_size))
@@ -156,11 +147,6 @@ class Topology:
             return tuple(self._expert_rank(d, at.expert, at.expert_tensor) for d in range(self.expert_data))
         if axis == "expert_tensor":
             return tuple(self._expert_rank(at.expert_data, at.expert, t) for t in range(self.expert_tensor))
-        if axis == "expert_replica":
-            ranks = (
-                self._expert_rank(d, at.expert, t) for d in range(self.expert_data) for t in range(self.expert_tensor)
-            )
-            return tuple(sorted(ranks))
         raise LayoutError(f"axis {axis!r} is unknown; choose one of {', '.join(AXIS_NAMES)}.")
 
     def groups(self, axis: AxisName) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ted.moe import MoE
+from lightning_ted.moe import MoE, swiglu
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads  # of all ranks together
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         kv_width = config.kv_heads * config.head_dim
@@ -195,15 +196,14 @@ class FeedForward(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         d, width = config.d_model, config.ffn_width
-        self.gate_proj = nn.Linear(d, width, bias=config.bias) if config.activation == "swiglu" else None
-        self.up_proj = nn.Linear(d, width, bias=config.bias)
+        self.gated = config.activation == "swiglu"
+        self.up_proj = nn.Linear(d, 2 * width if self.gated else width, bias=config.bias)
         self.down_proj = nn.Linear(width, d, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d_model]`` to the same."""
-        up = self.up_proj(x)
-        hidden = F.gelu(up) if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
-        return self.down_proj(hidden)
+        hidden = self.up_proj(x)
+        return self.down_proj(swiglu(hidden) if self.gated else F.gelu(hidden))
 
 
 class Block(nn.Module):
@@ -293,9 +293,8 @@ class Decoder(nn.Module):
             plan["blocks.*.attention.q_norm"] = "replicated_with_grad_allreduce"
             plan["blocks.*.attention.k_norm"] = "replicated_with_grad_allreduce"
         if not all(map(config.is_moe, range(config.num_layers))):
-            if config.activation == "swiglu":
-                plan["blocks.*.ffn.gate_proj"] = "colwise"
-            plan["blocks.*.ffn.up_proj"] = "colwise"
+            # Gate and up projection are one weight: each rank gets a part of both.
+            plan["blocks.*.ffn.up_proj"] = "packed_colwise" if config.activation == "swiglu" else "colwise"
             plan["blocks.*.ffn.down_proj"] = "rowwise"
         if config.vocab_parallel:
             plan |= {"embedding": "embedding_rowwise", "head": "colwise", "loss": "vocab_parallel_loss"}

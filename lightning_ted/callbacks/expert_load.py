@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_ted.errors import TEDError
 from lightning_ted.moe import MoE, drop_rate, expert_counts
 
 
@@ -32,7 +33,7 @@ class ExpertLoadMonitor(Callback):
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps={every_n_steps}` must be at least 1, or None.")
+            raise TEDError(f"`every_n_steps={every_n_steps}` must be at least 1, or None.")
         self.every_n_steps = every_n_steps
         self._last_step = 0
 

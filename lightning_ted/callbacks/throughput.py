@@ -13,6 +13,8 @@ from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_ted.errors import TEDError
+
 
 def count_tokens(batch: Any) -> int:
     """Number of elements of the first integer tensor in ``batch``: by custom, the token ids.
@@ -54,7 +56,7 @@ class TokenThroughput(Callback):
 
     def __init__(self, window: int = 20, tokens_in_batch: Callable[[Any], int] | None = None) -> None:
         if window < 1:
-            raise ValueError(f"`window={window}` must be at least 1.")
+            raise TEDError(f"`window={window}` must be at least 1.")
         self.window = window
         self.tokens_in_batch = tokens_in_batch or count_tokens
         self._marks: deque[tuple[float, int]] = deque(maxlen=window + 1)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_ted.collectives.primitives import all_reduce
@@ -91,11 +90,6 @@ class SingleFile:
     def cut_optimizer_state(self, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         """One optimizer's state with this rank's parts."""
         return self._visit_optimizer("", state, optimizer, lambda _, tensor, layout: self._cut(tensor, layout))
-
-    def is_cut(self, parameter: Parameter) -> bool:
-        """Whether this rank holds only a part of ``parameter``."""
-        layout = self._layout_of.get(id(parameter))
-        return layout is not None and layout.local_shape != layout.global_shape
 
     def _cut(self, tensor: Tensor, layout: ParamLayout) -> Tensor:
         if tuple(tensor.shape) != layout.global_shape:

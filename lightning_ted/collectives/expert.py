@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lightning_ted.collectives.primitives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
 from lightning_ted.mesh import Axis
@@ -27,6 +28,7 @@ class _ExchangeRows(torch.autograd.Function):
         return all_to_all_rows(rows, received, sent, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return all_to_all_rows(grad, ctx.sent, ctx.received, ctx.axis), None, None, None
 
@@ -38,6 +40,7 @@ class _GatherRowsToShards(torch.autograd.Function):
         return all_gather_rows(rows, sizes, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return reduce_scatter_rows(grad, ctx.sizes, ctx.axis), None, None
 
@@ -49,6 +52,7 @@ class _SumShardsToRows(torch.autograd.Function):
         return reduce_scatter_rows(rows, sizes, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return all_gather_rows(grad, ctx.sizes, ctx.axis), None, None
 

@@ -94,6 +94,21 @@ def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tenso
     return parts.sum(0, dtype=torch.float32 if rows.dtype.itemsize == 2 else None).to(rows.dtype)
 
 
+def all_gather_dim(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
+    """:func:`all_gather_rows` along any dimension."""
+    return _move_back(all_gather_rows(x.movedim(dim, 0), sizes, axis), dim)
+
+
+def reduce_scatter_dim(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
+    """:func:`reduce_scatter_rows` along any dimension."""
+    return _move_back(reduce_scatter_rows(x.movedim(dim, 0), sizes, axis), dim)
+
+
+def _move_back(rows: Tensor, dim: int) -> Tensor:
+    # Detached, so that autograd does not take a fresh tensor for a view, which may not be changed in place.
+    return rows.movedim(0, dim).detach()
+
+
 def all_to_all_rows(rows: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
     """Rows exchanged by exact sizes: ``sent[i]`` rows go to rank ``i``, ``received[i]`` come from it."""
     if axis.size == 1:
@@ -108,7 +123,7 @@ def broadcast_(tensor: Tensor, axis: Axis, src: int = 0) -> Tensor:
     if axis.size == 1:
         return tensor
     _note(axis, "broadcast", _bytes(tensor) if axis.rank == src else 0)
-    dist.broadcast(tensor, group=axis.group, group_src=src)
+    dist.broadcast(tensor, group=axis.attached_group, group_src=src)
     return tensor
 
 

@@ -15,6 +15,8 @@ function                      forward                  gradient                 
 
 The dual of each is another row of the table: ``copy_to_shards`` and ``sum_shards``, ``gather_features`` and
 ``split_features``, ``gather_tokens_to_shards`` and ``sum_shards_to_tokens``.
+
+Gradients can be taken once; a second derivative would need collectives of its own, and is refused by torch.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lightning_ted.collectives.primitives import all_gather_rows, all_reduce, all_reduce_, reduce_scatter_rows
+from lightning_ted.collectives.primitives import all_gather_dim, all_reduce, all_reduce_, reduce_scatter_dim
 from lightning_ted.mesh import Axis
 
 
@@ -36,6 +39,7 @@ class _CopyToShards(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grad, ctx.axis), None
 
@@ -46,6 +50,7 @@ class _SumShards(torch.autograd.Function):
         return all_reduce(x, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
@@ -56,13 +61,18 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return all_reduce_(torch.nn.functional.linear(x, weight), axis)
+        # A compiler cannot functionalise the operator that sums in place, and reuses buffers by itself.
+        reduce = all_reduce if torch.compiler.is_compiling() else all_reduce_
+        return reduce(torch.nn.functional.linear(x, weight), axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         dx = grad @ weight if ctx.needs_input_grad[0] else None
-        dw = grad.flatten(0, -2).T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        dw = None
+        if ctx.needs_input_grad[1]:
+            dw = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return dx, dw, None
 
 
@@ -70,9 +80,10 @@ class _GatherFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
-        return _gather(x, -1, [x.shape[-1]] * axis.size, axis)
+        return all_gather_dim(x, -1, [x.shape[-1]] * axis.size, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.chunk(ctx.axis.size, -1)[ctx.axis.rank], None
 
@@ -84,38 +95,46 @@ class _SplitFeatures(torch.autograd.Function):
         return x.chunk(axis.size, -1)[axis.rank].contiguous()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, -1, [grad.shape[-1]] * ctx.axis.size, ctx.axis), None
+        return all_gather_dim(grad, -1, [grad.shape[-1]] * ctx.axis.size, ctx.axis), None
 
 
 class _GatherTokensToShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
         ctx.dim, ctx.sizes, ctx.axis = dim, sizes, axis
-        return _gather(x, dim, sizes, axis)
+        return all_gather_dim(x, dim, sizes, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _reduce_scatter(grad, ctx.dim, ctx.sizes, ctx.axis), None, None, None
+        return reduce_scatter_dim(grad, ctx.dim, ctx.sizes, ctx.axis), None, None, None
 
 
 class _SumShardsToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
         ctx.dim, ctx.sizes, ctx.axis = dim, sizes, axis
-        return _reduce_scatter(x, dim, sizes, axis)
+        return reduce_scatter_dim(x, dim, sizes, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _gather(grad, ctx.dim, ctx.sizes, ctx.axis), None, None, None
+        return all_gather_dim(grad, ctx.dim, ctx.sizes, ctx.axis), None, None, None
 
 
-def _gather(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
-    return all_gather_rows(x.movedim(dim, 0).contiguous(), sizes, axis).movedim(0, dim)
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which autocast would hand ``x`` to a matrix multiplication; its own where that is disabled."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
 
 
-def _reduce_scatter(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
-    return reduce_scatter_rows(x.movedim(dim, 0), sizes, axis).movedim(0, dim)
+def to_autocast(x: Tensor) -> Tensor:
+    """``x`` in its :func:`autocast_dtype`, so that what is sent for a matrix multiplication has it, too."""
+    return x.to(autocast_dtype(x))
 
 
 def copy_to_shards(x: Tensor, axis: Axis) -> Tensor:
@@ -132,9 +151,7 @@ def row_linear(x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
     """``sum_shards(linear(x, weight))`` without a second buffer. ``x``: [..., in/t], ``weight``: [out, in/t]."""
     if axis.size == 1:
         return torch.nn.functional.linear(x, weight)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight = to_autocast(x), to_autocast(weight)
     with torch.autocast(x.device.type, enabled=False):
         return _RowLinear.apply(x, weight, axis)
 

@@ -1,8 +1,11 @@
 """Duplicate token dropping (DTD): tensor ranks hold the same tokens; each keeps only its share.
 
-``drop``:    forward: this rank's slice of ``x``;  gradient: ``[dx_0 .. dx_n]``, gathered from all ranks.
-``restore``: forward: ``[x_0 .. x_n]``;            gradient: this rank's slice of ``dx``, which is the same on all
-ranks.
+===========  ===========================  ===========================================================
+function     forward                      gradient
+===========  ===========================  ===========================================================
+``drop``     this rank's slice of ``x``   ``[dx_0 .. dx_n]``, gathered from all ranks
+``restore``  ``[x_0 .. x_n]``             this rank's slice of ``dx``, which is the same on all ranks
+===========  ===========================  ===========================================================
 
 Each is the gradient of the other (arXiv 2303.06318, section 5.1). A number of tokens that the axis does not divide is
 shared out unevenly, the first ranks taking one more.
@@ -14,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from lightning_ted.collectives.primitives import all_gather_rows
+from lightning_ted.collectives.primitives import all_gather_dim
 from lightning_ted.mesh import Axis
 
 
@@ -34,22 +38,23 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis, ctx.sizes = dim, axis, shares(x.shape[dim], axis.size)
-        return share(x, dim, axis).contiguous()
+        # A copy: an output that is a view of the input may not be changed in place.
+        return share(x, dim, axis).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        rows = all_gather_rows(grad.movedim(ctx.dim, 0).contiguous(), ctx.sizes, ctx.axis)
-        return rows.movedim(0, ctx.dim), None, None
+        return all_gather_dim(grad, ctx.dim, ctx.sizes, ctx.axis), None, None
 
 
 class _Restore(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, length: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
-        rows = all_gather_rows(x.movedim(dim, 0).contiguous(), shares(length, axis.size), axis)
-        return rows.movedim(0, dim)
+        return all_gather_dim(x, dim, shares(length, axis.size), axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return share(grad, ctx.dim, ctx.axis), None, None, None
 

@@ -35,11 +35,13 @@ def _swiglu(hidden: Tensor) -> Tensor:
 
 def _swiglu_gradient(grad: Tensor, hidden: Tensor) -> Tensor:
     gate, up = hidden.chunk(2, -1)
-    # The halves' gradients are written side by side rather than concatenated.
+    # Everything is written where it belongs: no temporaries, and no concatenation of the halves.
     grads = torch.empty_like(hidden)
     grad_gate, grad_up = grads.chunk(2, -1)
-    torch.mul(grad, F.silu(gate), out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    torch.ops.aten.silu.out(gate, out=grad_up)
+    grad_up.mul_(grad)
+    torch.mul(grad, up, out=grad_gate)
+    torch.ops.aten.silu_backward.grad_input(grad_gate, gate, grad_input=grad_gate)
     return grads
 
 
@@ -62,6 +64,11 @@ class _Activate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.activation.gradient(grad, *ctx.saved_tensors), None
+
+
+def swiglu(hidden: Tensor) -> Tensor:
+    """``silu(gate) * up`` of the halves of the last dimension, ``[..., 2F] -> [..., F]``; keeps its input only."""
+    return activate(hidden, ACTIVATIONS["swiglu"])
 
 
 def activate(hidden: Tensor, activation: Activation) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_ted.mesh import Axis
+from lightning_ted.tensor_parallel.sequence import SequenceRegion
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class MoEAxes:
         world, data, tensor: Axes of the tokens.
         expert, expert_tensor: Axes of the experts.
         drop_duplicates: Tensor ranks, which hold the same tokens, each route and dispatch only their share (DTD).
-        sequence_split: The tokens arrive split over the tensor axis already (sequence parallelism).
+        sequence: The region of sequence parallelism, in which tokens arrive split over the tensor axis already.
 
     """
 
@@ -25,14 +26,14 @@ class MoEAxes:
     expert: Axis
     expert_tensor: Axis
     drop_duplicates: bool = True
-    sequence_split: bool = False
+    sequence: SequenceRegion | None = None
 
     @property
     def drops(self) -> bool:
         """Whether the layer splits its tokens itself."""
-        return self.drop_duplicates and not self.sequence_split and self.tensor.size > 1
+        return self.drop_duplicates and self.sequence is None and self.tensor.size > 1
 
     @property
     def tokens_are_split(self) -> bool:
         """Whether tensor ranks route different tokens."""
-        return self.tensor.size > 1 and (self.drop_duplicates or self.sequence_split)
+        return self.tensor.size > 1 and (self.drop_duplicates or self.sequence is not None)

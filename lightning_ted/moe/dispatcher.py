@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ from lightning_ted.collectives.primitives import all_gather, all_to_all_rows
 from lightning_ted.collectives.tensor import copy_to_shards, sum_shards
 from lightning_ted.mesh import SINGLE
 from lightning_ted.moe.axes import MoEAxes
-from lightning_ted.moe.routing import Routing
+from lightning_ted.moe.routing import count_experts
 from lightning_ted.moe.rows import combine_rows, expand_tokens, permute_rows
 
-ExpertFunction = Callable[[Tensor, Tensor], Tensor]
+#: Rows in expert order, rows of each expert, and the same on the host where it is known already.
+ExpertFunction = Callable[[Tensor, Tensor, list[int] | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,23 +34,22 @@ class Order:
         order_N: Assignment (token * K + choice) of every row; those that are not routed come last.
         position_TK: Row of every assignment: the inverse of ``order_N``.
         counts_E: Rows of each expert.
+        may_drop: Whether some assignments may not be routed.
 
     """
 
     order_N: Tensor
     position_TK: Tensor
     counts_E: Tensor
+    may_drop: bool = False
 
     @classmethod
-    def of(cls, expert_TK: Tensor, num_experts: int) -> Order:
+    def of(cls, expert_TK: Tensor, num_experts: int, may_drop: bool = False) -> Order:
         """Sort the assignments, keeping the order of the tokens within an expert."""
-        flat_N = expert_TK.reshape(-1)
-        order_N = flat_N.argsort(stable=True)
+        order_N = expert_TK.reshape(-1).argsort(stable=True)
         position_N = torch.empty_like(order_N)
         position_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-        # Not bincount, which reads its input on the host; one slot more for what is not routed.
-        counts = flat_N.new_zeros(num_experts + 1).scatter_add_(0, flat_N, torch.ones_like(flat_N))
-        return cls(order_N, position_N.view(expert_TK.shape), counts[:num_experts])
+        return cls(order_N, position_N.view(expert_TK.shape), count_experts(expert_TK, num_experts), may_drop)
 
 
 def read_sizes(sizes: Tensor) -> list[int]:
@@ -59,15 +60,13 @@ def read_sizes(sizes: Tensor) -> list[int]:
 class LocalDispatcher:
     """All experts on this rank: rows are sorted, nothing is sent."""
 
-    def __call__(self, tokens_TD: Tensor, routing: Routing, num_experts: int, experts: ExpertFunction) -> Tensor:
+    def __call__(self, tokens_TD: Tensor, weight_TK: Tensor, order: Order, experts: ExpertFunction) -> Tensor:
         """``[T, D]`` through the experts, weighed and summed: ``[T, D]``."""
-        order = Order.of(routing.expert_TK, num_experts)
-        routed = order.order_N.numel()
-        if routing.may_drop:
-            (routed,) = read_sizes(order.counts_E.sum(0, keepdim=True))
+        sizes = read_sizes(order.counts_E) if order.may_drop else None
+        routed = order.order_N.numel() if sizes is None else sum(sizes)
         rows_ND = expand_tokens(tokens_TD, order.order_N, order.position_TK, routed)
-        rows_ND = experts(rows_ND, order.counts_E)
-        return combine_rows(rows_ND, routing.weight_TK, order.order_N, order.position_TK, routed)
+        rows_ND = experts(rows_ND, order.counts_E, sizes)
+        return combine_rows(rows_ND, weight_TK, order.order_N, order.position_TK, routed)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,8 @@ class ExchangePlan:
         sent: Rows to every rank of the expert axis.
         received: Rows from every rank of the expert axis.
         lanes: Rows that every rank of the expert-tensor axis received.
-        counts_e: Rows of each local expert, all lanes together; on the device.
+        sizes_e: Rows of each local expert, all lanes together.
+        counts_e: The same on the device.
         chunks_Se: Rows by source (lane and sender) and local expert, in order of arrival; on the device.
 
     """
@@ -86,6 +86,7 @@ class ExchangePlan:
     sent: list[int]
     received: list[int]
     lanes: list[int]
+    sizes_e: list[int]
     counts_e: Tensor
     chunks_Se: Tensor
 
@@ -105,16 +106,15 @@ class ExpertParallelDispatcher:
         self._shards = axes.expert_tensor
         self._lanes = axes.expert_tensor if axes.tokens_are_split else SINGLE
 
-    def __call__(self, tokens_TD: Tensor, routing: Routing, num_experts: int, experts: ExpertFunction) -> Tensor:
+    def __call__(self, tokens_TD: Tensor, weight_TK: Tensor, order: Order, experts: ExpertFunction) -> Tensor:
         """``[T, D]`` through the experts of all ranks, weighed and summed: ``[T, D]``."""
-        order = Order.of(routing.expert_TK, num_experts)
         plan = self._agree(order.counts_E)
         routed = sum(plan.sent)
         rows_ND = expand_tokens(tokens_TD, order.order_N, order.position_TK, routed)
         rows_ND = exchange_rows(rows_ND, plan.received, plan.sent, self._expert)
         rows_ND = self._on_shards(rows_ND, plan, experts)
         rows_ND = exchange_rows(rows_ND, plan.sent, plan.received, self._expert)
-        return combine_rows(rows_ND, routing.weight_TK, order.order_N, order.position_TK, routed)
+        return combine_rows(rows_ND, weight_TK, order.order_N, order.position_TK, routed)
 
     def _on_shards(self, rows_ND: Tensor, plan: ExchangePlan, experts: ExpertFunction) -> Tensor:
         shards, lanes = self._shards, self._lanes
@@ -122,10 +122,11 @@ class ExpertParallelDispatcher:
             gather_rows_to_shards(rows_ND, plan.lanes, lanes) if lanes.size > 1 else copy_to_shards(rows_ND, shards)
         )
         if plan.chunks_Se.shape[0] == 1 or plan.chunks_Se.shape[1] == 1:
-            rows_ND = experts(rows_ND, plan.counts_e)
+            rows_ND = experts(rows_ND, plan.counts_e, plan.sizes_e)
         else:
             index, inverse = regroup(plan.chunks_Se, rows_ND.shape[0])
-            rows_ND = permute_rows(experts(permute_rows(rows_ND, index, inverse), plan.counts_e), inverse, index)
+            rows_ND = experts(permute_rows(rows_ND, index, inverse), plan.counts_e, plan.sizes_e)
+            rows_ND = permute_rows(rows_ND, inverse, index)
         return sum_shards_to_rows(rows_ND, plan.lanes, lanes) if lanes.size > 1 else sum_shards(rows_ND, shards)
 
     def _agree(self, counts_E: Tensor) -> ExchangePlan:
@@ -133,14 +134,16 @@ class ExpertParallelDispatcher:
         counts_Pe = counts_E.view(peers, -1)
         arrived_Pe = all_to_all_rows(counts_Pe, [1] * peers, [1] * peers, self._expert)
         lanes_LPe = all_gather(arrived_Pe, self._lanes)
-        lanes = self._lanes.size
-        sizes = read_sizes(torch.cat([counts_Pe.sum(1), lanes_LPe.sum(2).view(-1)]))
-        sent, arrived = sizes[:peers], [sizes[start : start + peers] for start in range(peers, len(sizes), peers)]
+        lanes, counts_e = self._lanes.size, lanes_LPe.sum((0, 1))
+        sizes = iter(read_sizes(torch.cat([counts_Pe.sum(1), lanes_LPe.sum(2).view(-1), counts_e])))
+        sent = list(islice(sizes, peers))
+        arrived = [list(islice(sizes, peers)) for _ in range(lanes)]
         return ExchangePlan(
             sent=sent,
             received=arrived[self._lanes.rank],
             lanes=[sum(lane) for lane in arrived],
-            counts_e=lanes_LPe.sum((0, 1)),
+            sizes_e=list(sizes),
+            counts_e=counts_e,
             chunks_Se=lanes_LPe.view(lanes * peers, -1),
         )
 

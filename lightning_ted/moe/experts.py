@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lightning_ted.collectives.tensor import to_autocast
+from lightning_ted.errors import TEDError
 from lightning_ted.mesh import SINGLE, Axis
 from lightning_ted.moe.activations import ACTIVATIONS, Activation, ActivationName, activate
 
@@ -36,10 +38,10 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"`activation={activation!r}` is unknown; choose one of {', '.join(ACTIVATIONS)}.")
+            raise TEDError(f"`activation={activation!r}` is unknown; choose one of {', '.join(ACTIVATIONS)}.")
         for argument, value in (("num_experts", num_experts), ("d_model", d_model), ("d_ff", d_ff)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{argument}={value!r}` must be a positive whole number.")
+                raise TEDError(f"`{argument}={value!r}` must be a positive whole number.")
         self.num_experts = num_experts
         self.d_model = d_model
         self.d_ff = d_ff
@@ -63,12 +65,13 @@ class Experts(nn.Module):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def forward(self, rows_ND: Tensor, counts_e: Tensor) -> Tensor:
+    def forward(self, rows_ND: Tensor, counts_e: Tensor, sizes_e: list[int] | None = None) -> Tensor:
         """Run every expert on its rows.
 
         Args:
             rows_ND: Rows in expert order ``[N, D]``.
             counts_e: Number of rows of each local expert, adding up to ``N``; int64, on the rows' device.
+            sizes_e: The same on the host, if known; read when needed otherwise.
 
         Returns:
             ``[N, D]``; a partial result, to be summed over the expert-tensor axis, where the hidden width is cut.
@@ -77,7 +80,7 @@ class Experts(nn.Module):
         up: Tensor = getattr(self, self.up_name)
         up_bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
         down_bias: Tensor | None = self.get_parameter("down_proj_bias") if up_bias is not None else None
-        groups = Groups(counts_e, rows_ND.shape[0])
+        groups = Groups(counts_e, rows_ND.shape[0], sizes_e)
         hidden_NH = groups.bias(groups.linear(rows_ND, up), up_bias)
         out_ND = groups.activated_linear(hidden_NH, ACTIVATIONS[self.activation], self.down_proj)
         return groups.bias(out_ND, down_bias, self.tensor_axis)
@@ -89,22 +92,22 @@ class Experts(nn.Module):
 class Groups:
     """Consecutive rows grouped by expert."""
 
-    def __init__(self, counts_e: Tensor, rows: int) -> None:
+    def __init__(self, counts_e: Tensor, rows: int, sizes_e: list[int] | None = None) -> None:
         self._counts_e = counts_e
         self._rows = rows
         self._offsets_e = counts_e.cumsum(0).to(torch.int32)
-        self._sizes: list[int] | None = None
+        self._sizes = sizes_e
 
     def linear(self, rows_NI: Tensor, weight_eOI: Tensor) -> Tensor:
         """``rows @ weight[expert].T``: one grouped GEMM, or a loop over the experts where that cannot be used."""
-        rows_NI, weight_eOI = _autocast(rows_NI, weight_eOI)
+        rows_NI, weight_eOI = to_autocast(rows_NI), to_autocast(weight_eOI)
         if not self._can_fuse(rows_NI.dtype, weight_eOI):
             return self._one_by_one(rows_NI, weight_eOI)
         return _ContiguousGrad.apply(_grouped_linear(rows_NI.contiguous(), weight_eOI, self._offsets_e))
 
     def activated_linear(self, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor) -> Tensor:
         """:meth:`linear` of ``activation(hidden)``; of the two, only ``hidden`` is kept for the backward."""
-        hidden_NH, weight_eOI = _autocast(hidden_NH, weight_eOI)
+        hidden_NH, weight_eOI = to_autocast(hidden_NH), to_autocast(weight_eOI)
         if not self._can_fuse(hidden_NH.dtype, weight_eOI):
             return self._one_by_one(activate(hidden_NH, activation), weight_eOI)
         return _ActivatedLinear.apply(hidden_NH, activation, weight_eOI, self._offsets_e)
@@ -126,7 +129,7 @@ class Groups:
         """Add each row's expert's bias; one that is cut over ``cut`` adds to this rank's features only."""
         if bias_eO is None:
             return rows_NO
-        each_NO = bias_eO.repeat_interleave(self._counts_e, dim=0, output_size=self._rows).to(rows_NO.dtype)
+        each_NO = _RepeatRows.apply(bias_eO, self._counts_e, self._rows, rows_NO.dtype)
         if cut.size > 1:
             width = bias_eO.shape[1]
             each_NO = F.pad(each_NO, (cut.rank * width, (cut.size - 1 - cut.rank) * width))
@@ -164,6 +167,25 @@ class _ActivatedLinear(torch.autograd.Function):
         return grad_hidden, None, grad_weight, None
 
 
+class _RepeatRows(torch.autograd.Function):
+    """Row ``e`` as often as ``counts[e]`` says; gradient: sums of segments, where an index's would be a scatter-add."""
+
+    @staticmethod
+    def forward(ctx: Any, each_eO: Tensor, counts_e: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(counts_e)
+        ctx.dtype = each_eO.dtype
+        return each_eO.to(dtype).repeat_interleave(counts_e, dim=0, output_size=rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, None, None, None]:
+        (counts_e,) = ctx.saved_tensors
+        precise = grad_NO.float() if grad_NO.dtype.itemsize == 2 else grad_NO
+        # Unsafe only in that the lengths are not checked, on the host, to add up.
+        sums = torch.segment_reduce(precise.contiguous(), "sum", lengths=counts_e, unsafe=True, initial=0)
+        return sums.to(ctx.dtype), None, None, None
+
+
 class _ContiguousGrad(torch.autograd.Function):
     """The grouped GEMM's gradient refuses expanded tensors, such as that of ``sum()``."""
 
@@ -174,14 +196,6 @@ class _ContiguousGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors as autocast wants the operands of a matrix multiplication."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 def grouped_gemm_obstacle(dtype: torch.dtype, weight_eOI: Tensor) -> str | None:

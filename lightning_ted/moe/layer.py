@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ted.collectives.tensor import to_autocast
 from lightning_ted.collectives.tokens import drop, restore
+from lightning_ted.errors import TEDError
+from lightning_ted.mesh import SINGLE
 from lightning_ted.moe.activations import ActivationName
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.capacity import limit_to_capacity
-from lightning_ted.moe.dispatcher import make_dispatcher
+from lightning_ted.moe.dispatcher import Order, make_dispatcher
 from lightning_ted.moe.experts import Experts
-from lightning_ted.moe.losses import RoutingStatistics
 from lightning_ted.moe.router import TopKRouter
-from lightning_ted.moe.routing import Routing
+from lightning_ted.moe.routing import Routing, count_experts
+from lightning_ted.moe.statistics import RoutingStatistics
 
 
 class MoE(nn.Module):
@@ -38,10 +42,14 @@ class MoE(nn.Module):
         aux_loss_coef: Coefficient of the load-balancing loss in :func:`auxiliary_loss`.
         z_loss_coef: Coefficient of the router's z-loss in :func:`auxiliary_loss`.
         router: A router of your own: a module that maps tokens ``[T, D]`` to a :class:`Routing`; the arguments
-            ``top_k``, ``score`` and ``normalize_top_k`` then do not apply. It has to be a pure function of the tokens.
+            ``top_k``, ``score`` and ``normalize_top_k`` are then its own business, and refused here. Its choice for a
+            token must depend on that token alone (and on noise): it may get any share of the batch.
 
     Attributes:
         statistics: What the last forward saw on this rank.
+
+    Raises:
+        TEDError: If an argument is out of its range, or given beside a router of your own.
 
     """
 
@@ -62,7 +70,16 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         if capacity_factor is not None and capacity_factor <= 0:
-            raise ValueError(f"`capacity_factor={capacity_factor}` must be positive, or None for dropless routing.")
+            raise TEDError(f"`capacity_factor={capacity_factor}` must be positive, or None for dropless routing.")
+        for argument, value, default in (
+            ("top_k", top_k, 2),
+            ("score", score, "softmax"),
+            ("normalize_top_k", normalize_top_k, True),
+        ):
+            if router is not None and value != default:
+                raise TEDError(
+                    f"`{argument}={value!r}` has no effect beside `router={router!r}`; give it to the router."
+                )
         self.num_experts = num_experts
         self.capacity_factor = capacity_factor
         self.aux_loss_coef = aux_loss_coef
@@ -73,36 +90,60 @@ class MoE(nn.Module):
         self.statistics: RoutingStatistics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., d_model] -> [..., d_model]``."""
-        axes = self.axes
-        shape = x.shape
-        tokens_TD = x.reshape(-1, shape[-1])
-        length = tokens_TD.shape[0]
-        if axes is not None and axes.drops:
-            tokens_TD = drop(tokens_TD, axes.tensor)
-        routing = self.router(tokens_TD)
-        chosen_TK = routing.expert_TK
-        if self.capacity_factor is not None:
-            sequence = shape[:-1] if axes is not None and axes.sequence_split else (tokens_TD.shape[0],)
-            routing = limit_to_capacity(routing, self.num_experts, self.capacity_factor, tuple(sequence), axes)
-        self.statistics = self._measure(routing, chosen_TK)
-        out_TD = make_dispatcher(axes)(tokens_TD, routing, self.num_experts, self.experts).to(x.dtype)
-        if axes is not None and axes.drops:
-            out_TD = restore(out_TD, length, axes.tensor)
-        return out_TD.view(shape)
+        """``[..., d_model] -> [..., d_model]``.
 
-    def _measure(self, routing: Routing, chosen_TK: Tensor) -> RoutingStatistics:
-        flat_N = chosen_TK.reshape(-1)
-        counts = flat_N.new_zeros(self.num_experts + 1).scatter_add_(0, flat_N, torch.ones_like(flat_N))
+        Raises:
+            TEDError: If the router is made for another number of experts.
+
+        """
+        split = SINGLE if self.axes is None or not self.axes.drops else self.axes.tensor
+        tokens_TD = x.reshape(-1, x.shape[-1])
+        length = tokens_TD.shape[0]
+        tokens_TD = drop(tokens_TD, split)
+        chosen = self.router(tokens_TD)
+        if chosen.logits_TE.shape[-1] != self.num_experts:
+            raise TEDError(
+                f"the router {type(self.router).__name__} chooses among {chosen.logits_TE.shape[-1]} experts, but "
+                f"`num_experts={self.num_experts}`; make them equal."
+            )
+        routing = self._within_capacity(chosen, x.shape, length)
+        order = Order.of(routing.expert_TK, self.num_experts, routing.may_drop)
+        self.statistics = self._measure(chosen, routing, order)
+        # In the precision of the experts: what is sent is as wide as what is multiplied.
+        out_TD = make_dispatcher(self.axes)(to_autocast(tokens_TD), routing.weight_TK, order, self.experts)
+        return restore(out_TD, length, split).to(x.dtype).view(x.shape)
+
+    def _within_capacity(self, routing: Routing, shape: torch.Size, tokens: int) -> Routing:
+        if self.capacity_factor is None:
+            return routing
+        axes, experts, factor = self.axes, self.num_experts, self.capacity_factor
+        if axes is None or not axes.tokens_are_split:
+            return limit_to_capacity(routing, experts, factor, tokens)
+        if axes.sequence is None:
+            return limit_to_capacity(routing, experts, factor, tokens, tensor=axes.tensor)
+        # Sequence parallelism has split every sequence.
+        return limit_to_capacity(
+            routing, experts, factor, axes.sequence.length, batch=math.prod(shape[:-2]), tensor=axes.tensor
+        )
+
+    def _measure(self, chosen: Routing, routing: Routing, order: Order) -> RoutingStatistics:
+        """The statistics of what the router chose, and of what capacity left of it."""
+        limited = routing is not chosen
+        counts_E = count_experts(chosen.expert_TK, self.num_experts) if limited else order.counts_E
         return RoutingStatistics(
-            counts_E=counts[: self.num_experts],
-            scores_E=routing.scores_TE.sum(0),
-            z=routing.logits_TE.logsumexp(-1).square().sum(),
-            dropped=((routing.expert_TK != chosen_TK).sum() if routing.may_drop else counts.new_zeros(())),
-            tokens=chosen_TK.shape[0],
-            top_k=chosen_TK.shape[1],
+            counts_E=counts_E,
+            scores_E=chosen.scores_TE.sum(0),
+            z=chosen.logits_TE.logsumexp(-1).square().sum(),
+            dropped=counts_E.sum() - order.counts_E.sum() if limited else counts_E.new_zeros(()),
+            tokens=chosen.expert_TK.shape[0],
+            top_k=chosen.expert_TK.shape[1],
         )
 
     def __getstate__(self) -> dict[str, Any]:
         # Statistics belong to one forward and carry its graph, which cannot be copied.
         return {**self.__dict__, "statistics": None}
+
+
+def moe_layers(module: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a module by qualified name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}

@@ -9,49 +9,16 @@ averaged afterwards. Tensor ranks that saw different tokens hold one copy of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lightning_ted.collectives.primitives import all_reduce
-from lightning_ted.mesh import SINGLE, Axis
-
-
-@dataclass(frozen=True)
-class RoutingStatistics:
-    """What one forward of one layer saw on this rank.
-
-    Attributes:
-        counts_E: Assignments of each expert, before capacity.
-        scores_E: Sum over tokens of the router's scores, differentiable.
-        z: Sum over tokens of the squared log-sum-exp of the logits, differentiable.
-        dropped: Assignments dropped by capacity.
-        tokens: Number of tokens.
-        top_k: Choices per token.
-
-    """
-
-    counts_E: Tensor
-    scores_E: Tensor
-    z: Tensor
-    dropped: Tensor
-    tokens: int
-    top_k: int
-
-    def packed(self) -> Tensor:
-        """All sums as one vector ``[2 E + 3]``: counts, scores, z, dropped, tokens."""
-        tokens = self.counts_E.new_tensor([self.tokens], dtype=self.scores_E.dtype)
-        return torch.cat(
-            [
-                self.counts_E.to(self.scores_E.dtype),
-                self.scores_E,
-                self.z.view(1),
-                self.dropped.view(1).to(tokens),
-                tokens,
-            ]
-        )
+from lightning_ted.mesh import Axis
+from lightning_ted.moe.layer import MoE, moe_layers
+from lightning_ted.moe.statistics import RoutingStatistics
 
 
 class _SumStatistics(torch.autograd.Function):
@@ -61,31 +28,45 @@ class _SumStatistics(torch.autograd.Function):
         return all_reduce(packed, world)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return all_reduce(grad, ctx.data), None, None
 
 
-def _moe_layers(module: nn.Module) -> dict[str, Any]:
-    from lightning_ted.moe.layer import MoE
-
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
+Ran = dict[str, tuple[MoE, RoutingStatistics]]
 
 
-def _sum_over_ranks(layers: list[Any]) -> list[Tensor]:
+def _have_run(module: nn.Module) -> Ran:
+    """The MoE layers that have run, and what they saw."""
+    found = ((name, layer, layer.statistics) for name, layer in moe_layers(module).items())
+    return {name: (layer, statistics) for name, layer, statistics in found if statistics is not None}
+
+
+def _sum_over_ranks(ran: Ran) -> list[Tensor]:
     """The packed statistics of every layer, summed over all ranks in one all-reduce."""
-    axes = layers[0].axes
-    packed = [layer.statistics.packed() for layer in layers]
-    split = axes.tokens_are_split if axes is not None else False
-    world, data = (SINGLE, SINGLE) if axes is None else (axes.world if split else axes.data, axes.data)
+    if not ran:
+        return []
+    axes = next(layer.axes for layer, _ in ran.values())
+    packed = [statistics.packed() for _, statistics in ran.values()]
     flat = torch.cat(packed)
-    if world.size > 1:
-        flat = _SumStatistics.apply(flat, world, data)
+    if axes is not None and axes.world.size > 1:
+        flat = _SumStatistics.apply(flat, axes.world if axes.tokens_are_split else axes.data, axes.data)
     return list(flat.split([len(part) for part in packed]))
 
 
+def _parts(packed: Tensor) -> tuple[Tensor, ...]:
+    """Undoes :meth:`RoutingStatistics.packed`."""
+    experts = (len(packed) - 3) // 2
+    return packed.split([experts, experts, 1, 1, 1])
+
+
+def _lost_its_graph(layer: MoE, statistics: RoutingStatistics) -> bool:
+    trained = torch.is_grad_enabled() and layer.training and any(p.requires_grad for p in layer.router.parameters())
+    return trained and not statistics.scores_E.requires_grad
+
+
 def auxiliary_loss(module: nn.Module) -> Tensor:
-    """The weighted load-balancing and z-losses of the last forward of every MoE layer in ``module``, to be added to the
-    loss.
+    """The weighted load-balancing and z-losses of the last forward of every MoE layer, to be added to the loss.
 
     The load-balancing loss is ``E * sum_e f_e * p_e`` (Switch Transformer, arXiv 2101.03961, eq. 4; ``f`` the share of
     the assignments, ``p`` the mean score): 1 when the load is even, for every ``top_k``. The z-loss is the mean of
@@ -93,26 +74,29 @@ def auxiliary_loss(module: nn.Module) -> Tensor:
     and gradient do not depend on the layout. Every rank has to call it, once a forward.
 
     Raises:
-        RuntimeError: If a layer has not run since its last use.
+        RuntimeError: If ``module`` has no MoE layer, or one that has not run yet, or that ran without a graph although its
+            router is being trained.
 
     """
-    layers = _moe_layers(module)
+    ran, layers = _have_run(module), moe_layers(module)
     if not layers:
         raise RuntimeError(f"{type(module).__name__} has no MoE layer, so it has no auxiliary loss.")
-    for name, layer in layers.items():
-        if layer.statistics is None:
+    for name in layers:
+        if name not in ran:
             raise RuntimeError(f"MoE layer '{name}' has not run yet, so it has no auxiliary loss.")
-    loss = None
-    for layer, sums in zip(layers.values(), _sum_over_ranks(list(layers.values())), strict=True):
-        experts = layer.num_experts
-        counts_E, scores_E, z, _, tokens = sums.split([experts, experts, 1, 1, 1])
+        if _lost_its_graph(*ran[name]):
+            raise RuntimeError(
+                f"MoE layer '{name}' ran without gradients, so its auxiliary loss would not train the router. With activation "
+                "checkpointing, use `use_reentrant=False`; in a forward under `torch.no_grad()`, leave the auxiliary loss out."
+            )
+    terms = []
+    for (layer, statistics), sums in zip(ran.values(), _sum_over_ranks(ran), strict=True):
+        counts_E, scores_E, z, _, tokens = _parts(sums)
         tokens = tokens.detach().clamp_min(1)
-        share_E = counts_E.detach() / (tokens * layer.statistics.top_k)
-        term = layer.aux_loss_coef * experts * (share_E * scores_E / tokens).sum()
-        term = term + layer.z_loss_coef * (z / tokens).sum()
-        loss = term if loss is None else loss + term
-    assert loss is not None
-    return loss
+        share_E = counts_E.detach() / (tokens * statistics.top_k)
+        balance = layer.num_experts * (share_E * scores_E / tokens).sum()
+        terms.append(layer.aux_loss_coef * balance + layer.z_loss_coef * (z / tokens).sum())
+    return torch.stack(terms).sum()
 
 
 @torch.no_grad()
@@ -121,11 +105,7 @@ def expert_counts(module: nn.Module) -> dict[str, Tensor]:
 
     Every rank has to call it.
     """
-    layers = {name: layer for name, layer in _moe_layers(module).items() if layer.statistics is not None}
-    if not layers:
-        return {}
-    sums = _sum_over_ranks(list(layers.values()))
-    return {name: part[: layer.num_experts].detach() for (name, layer), part in zip(layers.items(), sums, strict=True)}
+    return {name: counts_E for name, (counts_E, _, _) in _counted(module).items()}
 
 
 @torch.no_grad()
@@ -134,11 +114,14 @@ def drop_rate(module: nn.Module) -> dict[str, Tensor]:
 
     Every rank has to call it.
     """
-    layers = {name: layer for name, layer in _moe_layers(module).items() if layer.statistics is not None}
-    if not layers:
-        return {}
-    sums = _sum_over_ranks(list(layers.values()))
-    return {
-        name: part[-2] / (part[-1] * layer.statistics.top_k).clamp_min(1)
-        for (name, layer), part in zip(layers.items(), sums, strict=True)
-    }
+    return {name: dropped / assignments for name, (_, dropped, assignments) in _counted(module).items()}
+
+
+def _counted(module: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of every layer that has run, over all ranks: assignments of each expert, dropped ones, and all (1 at least)."""
+    ran = _have_run(module)
+    found = {}
+    for (name, (_, statistics)), sums in zip(ran.items(), _sum_over_ranks(ran), strict=True):
+        counts_E, _, _, dropped, tokens = _parts(sums.detach())
+        found[name] = counts_E, dropped[0], (tokens[0] * statistics.top_k).clamp_min(1)
+    return found

@@ -1,4 +1,4 @@
-"""Routers: pure functions of tokens. They know neither ranks nor capacity."""
+"""Routers: functions of tokens that know neither ranks nor capacity."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_ted.errors import TEDError
 from lightning_ted.moe.routing import Routing
 
 
@@ -23,7 +24,7 @@ class TopKRouter(nn.Module):
         num_experts: Number of experts.
         top_k: Experts per token.
         score: ``"softmax"`` over all experts, or an independent ``"sigmoid"`` of each logit.
-        normalize_top_k: Divide a token's weights by their sum. Top-1 with softmax scores is never normalised, its
+        normalize_top_k: Divide a token's weights by their sum. A single weight is never normalised, its
             weight being the only path of a gradient to the router.
 
     """
@@ -38,9 +39,9 @@ class TopKRouter(nn.Module):
     ) -> None:
         super().__init__()
         if not 1 <= top_k <= num_experts:
-            raise ValueError(f"`top_k={top_k}` must lie between 1 and `num_experts={num_experts}`.")
+            raise TEDError(f"`top_k={top_k}` must lie between 1 and `num_experts={num_experts}`.")
         if score not in ("softmax", "sigmoid"):
-            raise ValueError(f"`score={score!r}` is unknown; choose 'softmax' or 'sigmoid'.")
+            raise TEDError(f"`score={score!r}` is unknown; choose 'softmax' or 'sigmoid'.")
         self.num_experts = num_experts
         self.top_k = top_k
         self.score = score

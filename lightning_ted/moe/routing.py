@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -25,3 +26,10 @@ class Routing:
     scores_TE: Tensor
     logits_TE: Tensor
     may_drop: bool = False
+
+
+def count_experts(expert_TK: Tensor, num_experts: int) -> Tensor:
+    """Number of assignments of each expert ``[E]``, those to "none" left out."""
+    flat_N = expert_TK.reshape(-1)
+    # Not bincount, which reads its input on the host; one slot more for "none".
+    return flat_N.new_zeros(num_experts + 1).scatter_add_(0, flat_N, torch.ones_like(flat_N))[:num_experts]

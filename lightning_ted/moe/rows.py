@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _ExpandTokens(torch.autograd.Function):
@@ -22,6 +23,7 @@ class _ExpandTokens(torch.autograd.Function):
         return tokens_TD.index_select(0, order_N[:routed] // position_TK.shape[1])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
         (position_TK,) = ctx.saved_tensors
         tokens, choices = position_TK.shape
@@ -45,6 +47,7 @@ class _CombineRows(torch.autograd.Function):
         return torch.bmm(weight_TK.unsqueeze(1), picked_TKD).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         picked_TKD, weight_TK, order_N = ctx.saved_tensors
         order_N = order_N[: ctx.routed]
@@ -60,6 +63,7 @@ class _PermuteRows(torch.autograd.Function):
         return rows.index_select(0, index)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad.index_select(0, ctx.saved_tensors[0]), None, None
 

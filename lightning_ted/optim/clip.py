@@ -24,13 +24,14 @@ def global_grad_norm(
 
     Every rank has to call it, those without gradients too.
     """
-    if grads_with_layouts:
-        grads = [grad for grad, _ in grads_with_layouts]
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm(grads)])
-        share = torch.tensor([1 / layout.replication for _, layout in grads_with_layouts], dtype=torch.double)
-        squares = (norms.square() * share.to(norms.device)).sum()
-    else:
-        squares = torch.zeros((), dtype=torch.double, device=device)
+    squares = torch.zeros((), dtype=torch.double, device=device)
+    for dtype in dict.fromkeys(grad.dtype for grad, _ in grads_with_layouts):
+        found = [(grad, 1 / layout.replication) for grad, layout in grads_with_layouts if grad.dtype == dtype]
+        # A norm in 16 bit would be off by half a percent.
+        wide = torch.promote_types(dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm([grad for grad, _ in found], 2, wide)).double()
+        shares = torch.tensor([share for _, share in found], dtype=torch.double, device=norms.device)
+        squares = (norms.square() * shares).sum() + squares.to(norms.device)
     return all_reduce_(squares, mesh.axis("world")).sqrt()
 
 
@@ -48,7 +49,8 @@ def clip_by_norm_(
     found = [(p.grad, layout) for p, layout in parameters_with_layouts if p.grad is not None]
     norm = global_grad_norm(found, mesh, device)
     coefficient = (max_norm / (norm + 1e-6)).clamp_max(1.0)
-    if found:
-        grads = [grad for grad, _ in found]
-        torch._foreach_mul_(grads, coefficient.to(grads[0].dtype))
+    for dtype in dict.fromkeys(grad.dtype for grad, _ in found):
+        # The coefficient keeps 32 bits for gradients of 16.
+        wide = coefficient.to(torch.promote_types(dtype, torch.float32))
+        torch._foreach_mul_([grad for grad, _ in found if grad.dtype == dtype], wide)
     return norm

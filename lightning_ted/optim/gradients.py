@@ -7,6 +7,7 @@ one data rank's batch (DeepSpeed-MoE, arXiv 2201.05596: "reduced over expert-dat
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,15 +18,21 @@ from torch.nn import Parameter
 from lightning_ted.collectives.primitives import all_reduce_, start_all_reduce_, wait
 from lightning_ted.errors import PlanError
 from lightning_ted.layout import Family, ParamLayout
-from lightning_ted.mesh import Axis, TEDMesh
+from lightning_ted.mesh import TEDMesh
 from lightning_ted.topology import AxisName
 
 #: Over which axis a family's gradients are summed.
 FAMILY_AXES: dict[Family, AxisName] = {"dense": "data", "partial": "world", "expert": "expert_data"}
 #: Elements of one bucket.
 BUCKET_SIZE = 2**23
-#: Relative difference of a replicated parameter's gradients on tensor ranks above which its plan is wrong.
+#: Difference of a replicated parameter's gradients on tensor ranks, relative to their norm, above which its plan is wrong.
 REPLICA_TOLERANCE = 1e-3
+#: A gradient whose norm is smaller than this, relative to the largest, may be rounding noise: too small to tell.
+_NOISE = 1e-2
+#: Sums over consecutive elements by which gradients are compared.
+_CHUNKS = 64
+#: After so many reductions without a gradient to tell by, a parameter is not looked at any more.
+_PATIENCE = 16
 
 NamedParameters = Sequence[tuple[str, Parameter]]
 
@@ -92,7 +99,7 @@ class GradientReducer:
         self._mesh = mesh
         self._layouts = layouts
         self._expert_duplicates = expert_duplicates
-        self._audited: set[str] = set()
+        self._audits: Counter[str] = Counter()
 
     @torch.no_grad()
     def reduce(self, named_parameters: NamedParameters) -> None:
@@ -101,7 +108,8 @@ class GradientReducer:
         A parameter without a gradient on this rank takes part with zeros, and gets one if another rank has one.
 
         Raises:
-            PlanError: On the first step with a parameter, if it is replicated over the tensor ranks and they disagree.
+            PlanError: On the first step that gives a parameter a gradient, if it is replicated over the tensor ranks and
+                they disagree.
 
         """
         named = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
@@ -122,28 +130,39 @@ class GradientReducer:
         for bucket, divisor, pending in started:
             wait(pending)
             bucket.hand_out(divisor)
-        self._audit([(name, parameter) for name, parameter in named if name not in self._audited])
+        self._audit(named)
 
     def _divisor(self, family: Family) -> int:
         data = self._mesh.topology.data
         return data * self._expert_duplicates if family == "expert" else data
 
     def _audit(self, named: NamedParameters) -> None:
-        """Compare the gradients of replicated parameters over the tensor ranks, the first time they are seen."""
+        """Compare the gradients of replicated parameters over the tensor ranks, until each has had one to compare.
+
+        The first gradient may be zero everywhere (behind a projection that is initialised with zeros), so a parameter is
+        looked at again until its gradient stands out of the noise, but not for ever, as the verdict is read on the host.
+        """
         tensor = self._mesh.axis("tensor")
-        self._audited |= {name for name, _ in named}
-        replicated = [(name, p) for name, p in named if self._is_replica(self._layouts[name], tensor)]
-        if tensor.size == 1 or not replicated:
+        if tensor.size == 1:
             return
-        wrong = []
-        for _, parameter in replicated:
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            highest = all_reduce_(torch.stack([grad, -grad]).double(), tensor, "max")
-            spread, size = (highest[0] + highest[1]).max(), highest.abs().max()
-            wrong.append(spread > REPLICA_TOLERANCE * size)
+        replicated = [(name, p) for name, p in named if self._is_replica(self._layouts[name])]
+        pending = [(name, p) for name, p in replicated if self._audits[name] < _PATIENCE]
+        if not pending:
+            return
+        signatures = torch.stack([_signature(parameter) for _, parameter in pending])
+        largest = torch.stack([_norm(parameter) for _, parameter in replicated]).max().view(1)
+        packed = torch.cat([signatures.flatten(), -signatures.flatten(), largest])
+        packed = all_reduce_(packed, tensor, "max")
+        highest, negated, largest = packed.split([signatures.numel(), signatures.numel(), 1])
+        spread = (highest + negated).view_as(signatures).amax(1)
+        norm = highest.view_as(signatures)[:, -1]
+        wrong = spread > REPLICA_TOLERANCE * norm.clamp_min(_NOISE * largest)
+        clear = (norm > 0) & (norm >= _NOISE * largest)
         # One decision for the whole world, so that all ranks stop together.
-        found = all_reduce_(torch.stack(wrong).int(), self._mesh.axis("world"), "max").tolist()
-        names = [name for (name, _), bad in zip(replicated, found, strict=True) if bad]
+        verdict = all_reduce_(torch.stack([wrong, clear]).int(), self._mesh.axis("world"), "max").tolist()
+        for (name, _), seen in zip(pending, verdict[1], strict=True):
+            self._audits[name] += _PATIENCE if seen else 1
+        names = [name for (name, _), bad in zip(pending, verdict[0], strict=True) if bad]
         if names:
             raise PlanError(
                 f"Parameters that are replicated over the tensor ranks got different gradients on them: {', '.join(names)}. They "
@@ -153,8 +172,32 @@ class GradientReducer:
             )
 
     @staticmethod
-    def _is_replica(layout: ParamLayout, tensor: Axis) -> bool:
+    def _is_replica(layout: ParamLayout) -> bool:
         return layout.family == "dense" and not layout.cuts
+
+
+def _signature(parameter: Parameter) -> Tensor:
+    """A few numbers by which a gradient is told from others: sums over chunks of it (or all of it), and its norm."""
+    signature = torch.zeros(_CHUNKS + 1, dtype=torch.double, device=parameter.device)
+    grad = parameter.grad
+    if grad is None or grad.numel() == 0:
+        return signature
+    flat = grad.reshape(-1)
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    length = -(-flat.numel() // _CHUNKS)
+    whole = flat.numel() // length
+    signature[:whole] = flat[: whole * length].view(whole, length).sum(1, dtype=wide)
+    if whole < _CHUNKS:
+        signature[whole] = flat[whole * length :].sum(dtype=wide)
+    signature[-1] = _norm(parameter)
+    return signature
+
+
+def _norm(parameter: Parameter) -> Tensor:
+    if parameter.grad is None:
+        return torch.zeros((), dtype=torch.double, device=parameter.device)
+    wide = torch.promote_types(parameter.grad.dtype, torch.float32)
+    return torch.linalg.vector_norm(parameter.grad, dtype=wide).double()
 
 
 def _buckets(parameters: list[Parameter]) -> Iterator[list[Parameter]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.plugins import LayerSync, TorchSyncBatchNorm
 from torch import nn
 
 from lightning_ted.mesh import Axis
@@ -20,7 +21,14 @@ class DataSyncBatchNorm(nn.SyncBatchNorm):
     @property
     def process_group(self) -> Any:  # type: ignore[override]
         """The group of the data axis."""
-        return self.data_axis.group
+        return self.data_axis.attached_group
+
+
+def synchronize_layers(plugin: LayerSync, module: nn.Module, data_axis: Axis) -> nn.Module:
+    """What ``plugin`` does to ``module``; Lightning's own plugin, which would sum over the world, sums over data."""
+    if type(plugin) is TorchSyncBatchNorm:
+        return synchronize_batchnorm(module, data_axis)
+    return plugin.apply(module)
 
 
 def synchronize_batchnorm(module: nn.Module, data_axis: Axis) -> nn.Module:

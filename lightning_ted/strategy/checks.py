@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_ted.errors import UnsupportedError
+from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import ParamLayout
-from lightning_ted.strategy._compat import is_overridden
+from lightning_ted.moe.layer import moe_layers
+from lightning_ted.strategy._compat import AVERAGING_CALLBACKS, is_overridden
+from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import Topology
 
 #: Optimizers that mix the elements of a parameter, so that stepping its parts is not stepping the parameter.
-_NOT_ELEMENTWISE = ("LBFGS", "Adafactor", "Muon", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS")
+_NOT_ELEMENTWISE = {
+    *("LBFGS", "Adafactor", "Muon", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Prodigy"),
+    *("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD"),
+}
 
 
 def warn_of_overrides(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -36,6 +41,59 @@ def warn_of_overrides(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         )
 
 
+def refuse_idle_sizes(
+    module: nn.Module,
+    styles: Mapping[str, Style],
+    topology: Topology,
+    expert_tensor: int | None,
+    sequence_parallel: bool,
+) -> None:
+    """Refuse sizes that find nothing to cut in a complete model: ranks would do the same work twice.
+
+    Args:
+        module: The model, with all of its layers.
+        styles: Its tensor-parallel plan.
+        topology: What the sizes came to.
+        expert_tensor: The expert-tensor size that was asked for.
+        sequence_parallel: Whether that was asked for.
+
+    Raises:
+        LayoutError: For expert sizes without a MoE layer.
+        PlanError: For a tensor-parallel size without a plan and a MoE layer.
+
+    """
+    name, layers = type(module).__name__, moe_layers(module)
+    for argument, size in (("expert_parallel_size", topology.expert), ("expert_tensor_parallel_size", expert_tensor)):
+        if size is not None and size > 1 and not layers:
+            raise LayoutError(
+                f"`{argument}={size}` finds no `lightning_ted.MoE` layer in {name} to share out; leave it at its default."
+            )
+    if topology.tensor == 1 or styles:
+        return
+    plan = f"give {name} or its modules a `tp_plan`, or name what is to be cut in `tensor_parallel_plan`"
+    if not layers:
+        raise PlanError(f"`tensor_parallel_size={topology.tensor}` finds nothing to cut in {name}; {plan}.")
+    if sequence_parallel:
+        raise PlanError(
+            f"`sequence_parallel=True` finds no tensor-parallel layers in {name}; {plan}, or set `sequence_parallel=False`."
+        )
+
+
+def warn_of_idle_sizes(module: nn.Module, styles: Mapping[str, Style], topology: Topology, tensor: int | str) -> None:
+    """Say where sizes do less than one may think; ``tensor`` is the tensor-parallel size that was asked for."""
+    name, plan = type(module).__name__, "a `tp_plan` attribute or `tensor_parallel_plan`"
+    if topology.tensor > 1 and not styles:
+        rank_zero_warn(
+            f"`tensor_parallel_size={topology.tensor}`, but {name} has no tensor-parallel plan: all but its MoE layers is "
+            f"replicated. HINT: name what is to be cut by {plan}."
+        )
+    if tensor == "auto" and topology.tensor == 1 and topology.world_size > 1:
+        rank_zero_warn(
+            f"`tensor_parallel_size='auto'` is 1: {name} has no tensor-parallel plan with a number of attention heads that "
+            f"the devices of a node could share. HINT: give it {plan}, or the size as a number."
+        )
+
+
 def refuse_early_copies(trainer: pl.Trainer, module: pl.LightningModule, topology: Topology) -> None:
     """Refuse callbacks that copied the model before its layers were cut.
 
@@ -46,10 +104,25 @@ def refuse_early_copies(trainer: pl.Trainer, module: pl.LightningModule, topolog
     if topology.world_size == topology.data and topology.expert == 1:
         return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and is_overridden("configure_model", module):
+        if isinstance(callback, AVERAGING_CALLBACKS) and is_overridden("configure_model", module):
             raise UnsupportedError(
                 f"`{type(callback).__name__}` copies the model before `configure_model` has made and cut its layers. Build "
                 f"the layers in `{type(module).__name__}.__init__` to use it with `TEDStrategy`."
+            )
+
+
+def refuse_sparse_gradients(module: nn.Module) -> None:
+    """Refuse layers whose gradients are sparse tensors, which are neither bucketed nor clipped.
+
+    Raises:
+        UnsupportedError: If there is one that is trained.
+
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse and layer.weight.requires_grad:
+            raise UnsupportedError(
+                f"'{name}' is a {type(layer).__name__}(sparse=True), whose sparse gradients `TEDStrategy` cannot average over "
+                "the ranks; make it with `sparse=False`."
             )
 
 
@@ -57,39 +130,80 @@ def check_optimizers(
     optimizers: Sequence[Optimizer],
     module: pl.LightningModule,
     names_at_connect: Sequence[tuple[Parameter, str]],
-    is_cut: Callable[[Parameter], bool],
+    placed: Collection[Parameter],
+    layouts: Mapping[str, ParamLayout],
 ) -> None:
     """See that the optimizers step the module's own parameters, and may step parts of them.
 
     A parameter that the module has replaced since the optimizer was made is replaced in the optimizer too.
 
+    Args:
+        optimizers: The optimizers.
+        module: The module.
+        names_at_connect: The parameters that it had when it came to the strategy.
+        placed: Those that the strategy has placed on the ranks, whose gradients it will average.
+        layouts: How they are cut, by qualified name.
+
     Raises:
-        UnsupportedError: If an optimizer holds a parameter that the module has not, or mixes the elements of one that is
-            cut.
+        UnsupportedError: If an optimizer holds a parameter that the module has not, or that was made too late to be
+            averaged; or if it mixes the elements of one that is cut.
 
     """
     current = dict(module.named_parameters(remove_duplicate=False))
-    known = {id(parameter) for parameter in current.values()}
+    name_of = {id(parameter): name for name, parameter in current.items()}
     old_names = {id(parameter): name for parameter, name in names_at_connect}
+    averaged = {id(parameter) for parameter in placed}
     for optimizer in optimizers:
-        kind = type(optimizer).__name__
+        kind = type(optimizer)
+        cut = None
         for group in optimizer.param_groups:
             for i, parameter in enumerate(group["params"]):
-                if id(parameter) not in known:
-                    replacement = current.get(old_names.get(id(parameter), ""))
-                    if replacement is None:
-                        raise UnsupportedError(
-                            f"`{kind}` holds a parameter of shape {tuple(parameter.shape)} that is not one of "
-                            f"`{type(module).__name__}`. HINT: make the layers in `__init__`, or the optimizer in "
-                            "`configure_optimizers`, which runs after `configure_model`."
-                        )
-                    group["params"][i] = parameter = replacement
-                if kind in _NOT_ELEMENTWISE and is_cut(parameter):
-                    name = next(name for name, p in current.items() if p is parameter)
+                if id(parameter) not in name_of:
+                    group["params"][i] = parameter = _replacement(parameter, kind, module, old_names, current)
+                name = name_of[id(parameter)]
+                if id(parameter) not in averaged:
                     raise UnsupportedError(
-                        f"`{kind}` cannot step '{name}', of which each rank holds a part: its update mixes the elements of "
-                        "a parameter. Use an elementwise optimizer, such as `AdamW` or `SGD`."
+                        f"'{name}' was made after the parameters had been placed on the ranks, so its gradients would not be "
+                        f"averaged. Make it in `{type(module).__name__}.__init__`, `configure_model` or `setup`, and not in "
+                        "`configure_optimizers` or later."
                     )
+                if name in layouts and layouts[name].cuts:
+                    cut = name
+        if cut is not None:
+            _check_elementwise(kind, cut)
+
+
+def _replacement(
+    parameter: Parameter,
+    kind: type[Optimizer],
+    module: nn.Module,
+    old_names: Mapping[int, str],
+    current: Mapping[str, Parameter],
+) -> Parameter:
+    replacement = current.get(old_names.get(id(parameter), ""))
+    if replacement is None:
+        raise UnsupportedError(
+            f"`{kind.__name__}` holds a parameter of shape {tuple(parameter.shape)} that is not one of "
+            f"`{type(module).__name__}`. HINT: make the layers in `__init__`, or the optimizer in "
+            "`configure_optimizers`, which runs after `configure_model`."
+        )
+    return replacement
+
+
+def _check_elementwise(kind: type[Optimizer], name: str) -> None:
+    """``name``: a parameter of which each rank holds a part."""
+    mixing = [base.__name__ for base in kind.__mro__ if base.__name__ in _NOT_ELEMENTWISE]
+    if mixing:
+        what = f"`{kind.__name__}`" + ("" if kind.__name__ in mixing else f" (a `{mixing[0]}`)")
+        raise UnsupportedError(
+            f"{what} cannot step '{name}', of which each rank holds a part: its update mixes the elements of "
+            "a parameter. Use an elementwise optimizer, such as `AdamW` or `SGD`."
+        )
+    if not kind.__module__.startswith("torch.optim"):
+        rank_zero_warn(
+            f"`{kind.__module__}.{kind.__name__}` steps '{name}' and others of which each rank holds a part. Its update has to be "
+            "elementwise, as those of `AdamW` and `SGD` are: norms and factorisations would be of the part only."
+        )
 
 
 def describe(module: pl.LightningModule, layouts: dict[str, ParamLayout], topology: Topology) -> str:

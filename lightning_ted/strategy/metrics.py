@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from lightning_ted.errors import UnsupportedError
 from lightning_ted.mesh import Axis
 
 
@@ -28,7 +29,7 @@ class GatherOverData:
             return gather_all_tensors(result, group)
         if self.data_axis.size == 1:
             return [result]
-        return gather_all_tensors(result, self.data_axis.group)
+        return gather_all_tensors(result, self.data_axis.attached_group)
 
 
 def synchronize_over_data(module: nn.Module, data_axis: Axis) -> None:
@@ -52,9 +53,14 @@ def reduce_over(tensor: Tensor, axis_group: Any, size: int, op: str) -> Tensor:
     Returns:
         The reduced value; the mean of whole numbers is a float64, not rounded.
 
+    Raises:
+        UnsupportedError: For any other ``op``.
+
     """
     op = op.lower()
     average = op in ("mean", "avg")
+    if not average and op not in _OPS:
+        raise UnsupportedError(f"`reduce_op={op!r}` is not supported; choose one of mean, avg, {', '.join(_OPS)}.")
     if average and not tensor.is_floating_point() and not tensor.is_complex():
         tensor = tensor.to(torch.float64)
     # 16-bit values are added in 32 bit.

@@ -2,20 +2,23 @@
 
 Note [Why parameters are cut in place]
 ``parameter.data`` is replaced by this rank's part, so the ``Parameter`` object stays: optimizers that were made
-earlier, tied names, frozen flags and callbacks that hold parameters stay valid. How it was cut is kept by qualified
-name in a record on the LightningModule, not on the parameter, whose attributes do not survive a copy.
+earlier, tied names, frozen flags and callbacks that hold parameters stay valid. How it was cut is kept in a record on the
+LightningModule, not on the parameter, whose attributes do not survive a copy.
+
+Note [What has been cut already]
+A name may stand for something new: a layer that a ``setup`` hook replaces. So the record holds the very objects: a
+parameter is known by itself, under whatever name; a buffer by the module that owns it, because moving a module to another
+dtype replaces its buffers.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_ted.collectives.primitives import broadcast_
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
@@ -23,9 +26,19 @@ from lightning_ted.layout import Cut, Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.experts import Experts
-from lightning_ted.strategy.sizes import module_styles, moe_layers
-from lightning_ted.tensor_parallel.apply import PlanResult, apply_plan, find_stacks
+from lightning_ted.moe.layer import moe_layers
+from lightning_ted.moe.router import TopKRouter
+from lightning_ted.strategy.materialise import common_seed, materialise, own_tensors
+from lightning_ted.strategy.sizes import module_styles
+from lightning_ted.tensor_parallel.apply import PlanResult, apply_plan, install_sequences
+from lightning_ted.tensor_parallel.randomness import RandomStream
+from lightning_ted.tensor_parallel.sequence import SequenceRegion
 from lightning_ted.topology import Topology
+
+_RECORD = "_ted_partition"
+_REBUILD = "Build the module anew, and load a checkpoint into it to keep the weights."
+
+Cuts = Mapping[str, tuple[Cut, ...]]
 
 
 @dataclass(frozen=True)
@@ -49,19 +62,44 @@ class PartitionRecord:
     """How a module was cut.
 
     Attributes:
-        topology: For which arrangement of ranks.
+        mesh: The mesh that its layers communicate on; None once the module has been pickled.
+        topology: The mesh's.
         options: With which arguments.
         layouts: Layout of every parameter and buffer, by qualified name.
+        owners: What stood behind each of these names: the parameter, or the module of a buffer.
         partial: Names below which gradients are summed over the tensor axis.
-        styled: Names that a plan has been applied to.
+        sequences: Stacks of blocks whose activations are split over tokens.
+        styled: What a plan has been applied to, by qualified name.
 
     """
 
+    mesh: TEDMesh | None
     topology: Topology
     options: PartitionOptions
     layouts: dict[str, ParamLayout] = field(default_factory=dict)
+    owners: dict[str, object] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
-    styled: set[str] = field(default_factory=set)
+    sequences: dict[str, SequenceRegion] = field(default_factory=dict)
+    styled: dict[str, object] = field(default_factory=dict)
+
+
+def mesh_of(module: nn.Module | None) -> TEDMesh | None:
+    """The mesh for which ``module`` has been cut before; None if it has not.
+
+    Raises:
+        UnsupportedError: If its layers have lost their process groups.
+
+    """
+    record: PartitionRecord | None = None if module is None else module.__dict__.get(_RECORD)
+    if record is None:
+        return None
+    if record.mesh is None or not record.mesh.is_alive:
+        how = "pickled" if record.mesh is None else "cut in a process group that has been destroyed"
+        raise UnsupportedError(
+            f"{type(module).__name__} holds the parts of one rank and has been {how}, so its layers cannot communicate any "
+            f"more. {_REBUILD}"
+        )
+    return record.mesh
 
 
 def partition_module(
@@ -75,7 +113,7 @@ def partition_module(
 
     Args:
         module: The LightningModule.
-        mesh: The mesh.
+        mesh: The mesh; a module that has been cut before stays on the mesh that it was cut for.
         options: What to cut, and how.
         device: Where the parts are to live; None leaves them where the tensors are.
         complete: False while the module has layers still to build.
@@ -85,47 +123,71 @@ def partition_module(
 
     Raises:
         PlanError, LayoutError: If the plan does not fit the module.
-        UnsupportedError: For DTensor parameters, and for meta tensors that nothing can initialise.
+        UnsupportedError: For DTensor parameters, for meta tensors that nothing can initialise, and for modules that were
+            cut in processes that are gone.
 
     """
-    record = module.__dict__.setdefault("_ted_partition", PartitionRecord(mesh.topology, options))
+    mesh = mesh_of(module) or mesh
+    record: PartitionRecord = module.__dict__.setdefault(_RECORD, PartitionRecord(mesh, mesh.topology, options))
     if record.topology != mesh.topology or record.options != options:
         raise LayoutError(
             f"{type(module).__name__} has been cut for {record.topology}, {record.options} and cannot be cut again for "
-            f"{mesh.topology}, {options}. Build a new module, and load a checkpoint into it to keep the weights."
+            f"{mesh.topology}, {options}. {_REBUILD}"
         )
     result = _mark_plan(module, mesh, options, record, complete)
-    cuts = result.cuts | _mark_experts(module, mesh, options, record, find_stack_names(module, options, complete))
+    cuts = result.cuts | _mark_experts(module, mesh, options, record)
     record.partial |= result.partial
-    if all(name in record.layouts for name, _ in _tensors(module)):
-        return record.layouts
-    seed = _common_seed(mesh, device)
-    placed: dict[int, ParamLayout] = {id(t): record.layouts[n] for n, t in _tensors(module) if n in record.layouts}
-    for prefix, child in module.named_modules():
-        path = f"{prefix}." if prefix else ""
-        if any(tensor.is_meta for _, tensor in _own_tensors(child)):
-            _materialise(child, prefix, seed, device)
-        for leaf, tensor in _own_tensors(child):
-            name = path + leaf
-            if id(tensor) in placed:
-                _check_tied(name, placed[id(tensor)], cuts, record)
-                record.layouts[name] = replace(placed[id(tensor)], name=name)
-                continue
-            layout = _layout(name, tensor, cuts.get(name, ()), record.partial, mesh.topology)
-            _place(tensor, layout, mesh, device)
-            placed[id(tensor)] = record.layouts[name] = layout
-    for prefix, child in module.named_modules(remove_duplicate=False):
-        for leaf, tensor in _own_tensors(child):
-            name = f"{prefix}.{leaf}" if prefix else leaf
-            record.layouts.setdefault(name, replace(placed[id(tensor)], name=name))
+    _place_all(module, mesh, record, cuts, device)
     return record.layouts
 
 
-def find_stack_names(module: nn.Module, options: PartitionOptions, complete: bool) -> list[str]:
-    """Names of the block stacks whose activations are split over tokens."""
-    if not options.sequence_parallel:
-        return []
-    return list(find_stacks(module, module_styles(module, options.plan, complete)))
+def _place_all(
+    module: nn.Module, mesh: TEDMesh, record: PartitionRecord, cuts: Cuts, device: torch.device | None
+) -> None:
+    """Cut every tensor that the record does not know, and bring the record up to date."""
+    before, owners_before = dict(record.layouts), dict(record.owners)
+    known = {_key(owner, name): before[name] for name, owner in owners_before.items()}
+    named = [
+        (_join(prefix, leaf), leaf, child)
+        for prefix, child in module.named_modules(remove_duplicate=False)
+        for leaf, _ in own_tensors(child)
+    ]
+    names = {name for name, _, _ in named}
+    unmatched = set(cuts) - names
+    if unmatched:
+        raise PlanError(
+            f"`tensor_parallel_plan` cuts '{min(unmatched)}', which is no parameter of {type(module).__name__} (a "
+            "parametrization may have replaced it); leave its module out of the plan."
+        )
+    seed: int | None = None
+    homes: dict[tuple[int, str], nn.Module] = {}
+    for gone in before.keys() - names:
+        del record.layouts[gone], record.owners[gone]
+    for name, leaf, child in named:
+        tensor = getattr(child, leaf)
+        if tensor.is_meta:
+            seed = common_seed(mesh, device) if seed is None else seed
+            materialise(child, name.rpartition(".")[0], seed, device)
+            tensor = getattr(child, leaf)
+        owner = tensor if isinstance(tensor, nn.Parameter) else child
+        key = _key(owner, name)
+        layout, home = known.get(key), homes.setdefault(key, child)
+        if layout is None:
+            layout = _layout(name, tensor, cuts, record, before.get(name))
+            _place(tensor, layout, mesh, device)
+            known[key] = layout
+        elif layout.name in names and (name not in before or _key(owners_before[name], name) != key):
+            _check_tied(name, layout, layout.cuts if home is child else cuts.get(name, ()), record.partial)
+        record.layouts[name] = replace(layout, name=name)
+        record.owners[name] = owner
+
+
+def _key(owner: object, name: str) -> tuple[int, str]:
+    return (id(owner), "" if isinstance(owner, nn.Parameter) else name.rpartition(".")[2])
+
+
+def _join(prefix: str, leaf: str) -> str:
+    return f"{prefix}.{leaf}" if prefix else leaf
 
 
 def _mark_plan(
@@ -134,37 +196,68 @@ def _mark_plan(
     styles = module_styles(module, options.plan, complete)
     for layer in moe_layers(module):
         for name in styles:
-            if name == layer or name.startswith(f"{layer}."):
+            if name == layer or name.startswith(_join(layer, "")):
                 raise PlanError(
                     f"`tensor_parallel_plan` names '{name}', a part of MoE layer '{layer}', which `expert_tensor_parallel_size` "
                     "cuts; leave it out of the plan."
                 )
-    fresh = {name: style for name, style in styles.items() if name not in record.styled}
-    record.styled |= set(fresh)
-    return apply_plan(module, fresh, mesh.axis("tensor"), options.sequence_parallel)
+    known = {id(target) for target in record.styled.values()}
+    targets = {name: _target(module, name) for name in styles}
+    for name, target in targets.items():
+        if name in record.styled and id(target) not in known and mesh.topology.tensor > 1:
+            raise UnsupportedError(
+                f"'{name}' has been replaced after the plan was applied to it (style '{styles[name].name}'). Replace it in "
+                "`__init__` or `configure_model`, or leave it out of the plan."
+            )
+    first_names: dict[int, str] = {}
+    for name, target in targets.items():
+        first = first_names.setdefault(id(target), name)
+        if styles[first] != styles[name]:
+            raise PlanError(
+                f"'{first}' and '{name}' are one and the same, but `tensor_parallel_plan` gives them the styles "
+                f"'{styles[first].name}' and '{styles[name].name}'; give both the same."
+            )
+    fresh = {name: styles[name] for target, name in first_names.items() if target not in known}
+    record.styled |= targets
+    if options.sequence_parallel:
+        new = install_sequences(module, styles, mesh.axis("tensor"), record.sequences, record.layouts, complete)
+        record.sequences |= new
+        record.partial |= {block for sequence in new.values() for block in sequence.blocks}
+    result = apply_plan(module, fresh, mesh.axis("tensor"), record.sequences.values())
+    result.partial |= {name for name, target in targets.items() if first_names[id(target)] in result.partial}
+    return result
+
+
+def _target(module: nn.Module, name: str) -> object:
+    """The module or parameter of a name."""
+    parent, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(parent), leaf)
 
 
 def _mark_experts(
-    module: nn.Module, mesh: TEDMesh, options: PartitionOptions, record: PartitionRecord, stacks: list[str]
+    module: nn.Module, mesh: TEDMesh, options: PartitionOptions, record: PartitionRecord
 ) -> dict[str, tuple[Cut, ...]]:
     """Give the MoE layers their axes; returns the cuts of their experts."""
     cuts: dict[str, tuple[Cut, ...]] = {}
     for name, layer in moe_layers(module).items():
-        if layer.axes is not None:
-            continue
-        layer.axes = MoEAxes(
-            world=mesh.axis("world"),
-            data=mesh.axis("data"),
-            tensor=mesh.axis("tensor"),
-            expert=mesh.axis("expert"),
-            expert_tensor=mesh.axis("expert_tensor"),
-            drop_duplicates=options.duplicate_token_dropping,
-            sequence_split=mesh.topology.tensor > 1 and any(name.startswith(f"{stack}.") for stack in stacks),
-        )
-        if layer.axes.tokens_are_split:
-            record.partial.add(f"{name}.router")
-        layer.experts.tensor_axis = mesh.axis("expert_tensor")
-        cuts.update(_expert_cuts(f"{name}.experts", layer.experts, mesh.topology))
+        if layer.axes is None:
+            layer.axes = MoEAxes(
+                world=mesh.axis("world"),
+                data=mesh.axis("data"),
+                tensor=mesh.axis("tensor"),
+                expert=mesh.axis("expert"),
+                expert_tensor=mesh.axis("expert_tensor"),
+                drop_duplicates=options.duplicate_token_dropping,
+                sequence=next((region for region in record.sequences.values() if region.contains(name)), None),
+            )
+            if layer.axes.tokens_are_split:
+                record.partial.add(_join(name, "router"))
+                if type(layer.router) is not TopKRouter:
+                    # A router that draws noise draws it for tokens that no other rank has.
+                    RandomStream.of_rank(layer.axes.tensor).surround(layer.router)
+        if layer.experts.tensor_axis is not layer.axes.expert_tensor:
+            layer.experts.tensor_axis = layer.axes.expert_tensor
+            cuts.update(_expert_cuts(_join(name, "experts"), layer.experts, mesh.topology))
     return cuts
 
 
@@ -173,84 +266,67 @@ def _expert_cuts(prefix: str, experts: Experts, topology: Topology) -> dict[str,
     over = Cut(0, "expert", topology.expert, (count,))
     blocks = (hidden, hidden) if experts.activation == "swiglu" else (hidden,)
     degree = topology.expert_tensor
-    return {
-        f"{prefix}.{experts.up_name}": (over, Cut(1, "expert_tensor", degree, blocks)),
-        f"{prefix}.{experts.up_name}_bias": (over, Cut(1, "expert_tensor", degree, blocks)),
-        f"{prefix}.down_proj": (over, Cut(2, "expert_tensor", degree, (hidden,))),
+    cuts = {
+        experts.up_name: (over, Cut(1, "expert_tensor", degree, blocks)),
+        f"{experts.up_name}_bias": (over, Cut(1, "expert_tensor", degree, blocks)),
+        "down_proj": (over, Cut(2, "expert_tensor", degree, (hidden,))),
         # Cut over its features, not kept whole: added once however many shards there are.
-        f"{prefix}.down_proj_bias": (over, Cut(1, "expert_tensor", degree, (width,))),
+        "down_proj_bias": (over, Cut(1, "expert_tensor", degree, (width,))),
     }
+    return {f"{prefix}.{leaf}": cut for leaf, cut in cuts.items() if getattr(experts, leaf) is not None}
 
 
-def _layout(name: str, tensor: Tensor, cuts: tuple[Cut, ...], partial: set[str], topology: Topology) -> ParamLayout:
-    family: Family = "dense"
+def _family(name: str, cuts: tuple[Cut, ...], partial: set[str]) -> Family:
     if any(cut.axis == "expert" for cut in cuts):
-        family = "expert"
-    elif not cuts and any(name == marked or name.startswith(f"{marked}.") for marked in partial):
-        family = "partial"
-    cuts = tuple(cut for cut in cuts if cut.degree > 1)
-    copies = topology.world_size
-    for cut in cuts:
+        return "expert"
+    if not cuts and any(name == marked or name.startswith(f"{marked}.") for marked in partial):
+        return "partial"
+    return "dense"
+
+
+def _layout(name: str, tensor: Tensor, cuts: Cuts, record: PartitionRecord, before: ParamLayout | None) -> ParamLayout:
+    """The layout of a new tensor; ``before``: of the one that had its name."""
+    if name not in cuts and before is not None and before.cuts:
+        # Its module is the same, so it has to lie as the one before it.
+        if tuple(tensor.shape) not in (before.global_shape, before.local_shape):
+            raise LayoutError(
+                f"'{name}' has been replaced by a parameter of shape {tuple(tensor.shape)}, where {before.global_shape} "
+                f"(whole) or {before.local_shape} (this rank's part) is wanted. Replace it in `__init__` or `configure_model`."
+            )
+        return before
+    own = cuts.get(name, ())
+    family = _family(name, own, record.partial)
+    own = tuple(cut for cut in own if cut.degree > 1)
+    copies = record.topology.world_size
+    for cut in own:
         copies //= cut.degree
-    return ParamLayout(name, tuple(tensor.shape), cuts, family, copies)
+    return ParamLayout(name, tuple(tensor.shape), own, family, copies)
 
 
 def _place(tensor: Tensor, layout: ParamLayout, mesh: TEDMesh, device: torch.device | None) -> None:
     """Replace a whole tensor by this rank's part of rank 0's."""
     full = tensor.data if device is None else tensor.data.to(device)
+    tensor.grad = None
+    if layout.cuts and tuple(full.shape) == layout.local_shape:
+        tensor.data = full  # a copy of this rank's part
+        return
     full = broadcast_(full.contiguous(), mesh.axis("world"))
     index: dict[str, int] = {cut.axis: mesh.axis(cut.axis).rank for cut in layout.cuts}
     part = layout.part(full, index)
     # A copy, so that the rest of the whole tensor is freed.
     tensor.data = part.clone(memory_format=torch.contiguous_format) if layout.cuts else full
-    tensor.grad = None
 
 
-def _materialise(module: nn.Module, name: str, seed: int, device: torch.device | None) -> None:
-    """Initialise a module that was built on the meta device, from numbers that depend on nothing but its name."""
-    reset = getattr(module, "reset_parameters", None)
-    if reset is None:
-        raise UnsupportedError(
-            f"'{name}' ({type(module).__name__}) was built without storage (`init_module(empty_init=True)`) and has no "
-            "`reset_parameters()` to initialise it; add one, or build it with `empty_init=False`."
-        )
-    for _, tensor in _own_tensors(module):
-        if tensor.is_meta:
-            storage = torch.empty_like(tensor, device=device or torch.device("cpu"))
-            whole = nn.Parameter(storage, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else storage
-            torch.utils.swap_tensors(tensor, whole)
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
-        torch.manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
-        reset()
-
-
-def _common_seed(mesh: TEDMesh, device: torch.device | None) -> int:
-    seed = torch.tensor([torch.initial_seed() % 2**62], device=device or torch.device("cpu"))
-    return int(broadcast_(seed, mesh.axis("world")).item())
-
-
-def _check_tied(name: str, first: ParamLayout, cuts: Mapping[str, tuple[Cut, ...]], record: PartitionRecord) -> None:
-    own = tuple(cut for cut in cuts.get(name, ()) if cut.degree > 1)
-    if own != first.cuts:
+def _check_tied(name: str, first: ParamLayout, own: tuple[Cut, ...], partial: set[str]) -> None:
+    """See that a second name of a parameter asks for what its first name got."""
+    if tuple(cut for cut in own if cut.degree > 1) != first.cuts:
         raise PlanError(
             f"'{first.name}' and '{name}' are one tied parameter, but `tensor_parallel_plan` cuts them differently; give both "
             "styles that cut the same dimension (embedding_rowwise with colwise), or leave both out."
         )
-
-
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for source in (module._parameters, module._buffers):
-        for leaf, tensor in source.items():
-            if tensor is None:
-                continue
-            if isinstance(tensor, DTensor):
-                raise UnsupportedError(
-                    f"'{leaf}' of {type(module).__name__} is a DTensor; leave the parameters whole and name them in "
-                    "`tensor_parallel_plan` instead of calling `parallelize_module`."
-                )
-            yield leaf, tensor
-
-
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    if first.family != "expert" and _family(name, own, partial) != first.family:
+        raise PlanError(
+            f"'{first.name}' and '{name}' are one tied parameter, but its gradient is a part on each tensor rank under one of "
+            "the names (inside a sequence-parallel stack, or by the style replicated_with_grad_allreduce) and whole under the "
+            "other. Give both names the same style, or untie them."
+        )

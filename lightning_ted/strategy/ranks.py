@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import override
 
-from lightning_ted.errors import LayoutError
+from lightning_ted.errors import LayoutError, TEDError
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.strategy import _compat, metrics
 from lightning_ted.strategy.launcher import CheckingLauncher
@@ -97,7 +97,7 @@ class RankedStrategy(ParallelStrategy):
     def mesh(self) -> TEDMesh:
         """The process groups of this rank."""
         if self._mesh is None:
-            raise RuntimeError("The mesh is there once the processes have been set up, from the `setup` hook on.")
+            raise TEDError("The mesh is there once the processes have been set up, from the `setup` hook on.")
         return self._mesh
 
     @property
@@ -107,7 +107,10 @@ class RankedStrategy(ParallelStrategy):
 
     @property
     def expert_mesh(self) -> DeviceMesh:
-        """The ranks as ``expert_data_parallel x expert_parallel x expert_tensor_parallel``."""
+        """The ranks as ``expert_data_parallel x expert_parallel x expert_tensor_parallel``.
+
+        Made when the processes are set up, so that one rank may ask for it alone.
+        """
         return self.mesh.expert
 
     @property
@@ -191,12 +194,17 @@ class RankedStrategy(ParallelStrategy):
     def reduce(
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> Tensor | Any:
-        """Reduce a value over the data-parallel ranks, or over ``group``; the mean of whole numbers is a float64."""
+        """Reduce a value over the data-parallel ranks, or over ``group``; the mean of whole numbers is a float64.
+
+        Raises:
+            UnsupportedError: For a ``reduce_op`` other than mean (avg), sum, max, min and product.
+
+        """
         if not isinstance(tensor, Tensor) or self._mesh is None:
             return tensor
         axis = self._mesh.axis("data")
         size = axis.size if group is None else dist.get_world_size(group)
-        name = reduce_op if isinstance(reduce_op, str) else getattr(reduce_op, "name", "sum")
+        name = reduce_op if isinstance(reduce_op, str) else getattr(reduce_op, "name", str(reduce_op or "sum"))
         return metrics.reduce_over(tensor, axis.group if group is None else group, size, name)
 
     @override

@@ -9,17 +9,12 @@ from typing import Literal
 from torch import nn
 
 from lightning_ted.errors import LayoutError
-from lightning_ted.moe import MoE
+from lightning_ted.moe.layer import MoE, moe_layers
 from lightning_ted.tensor_parallel.apply import check_heads, head_counts
 from lightning_ted.tensor_parallel.plan import Style, collect_plan, expand_plan
 from lightning_ted.topology import RankOrder, Topology, divisors, listed
 
 Size = int | Literal["auto"]
-
-
-def moe_layers(module: nn.Module) -> dict[str, MoE]:
-    """The MoE layers of a module by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, MoE)}
 
 
 def module_styles(
@@ -72,6 +67,31 @@ def resolve_sizes(
     if module is not None and tensor_size > 1:
         check_heads(module, styles, tensor_size)
     return topology
+
+
+def check_reuse(
+    name: str,
+    have: Topology,
+    world_size: int,
+    tensor: Size,
+    expert: Size,
+    expert_tensor: int | None,
+    order: RankOrder,
+) -> None:
+    """See that the arguments agree with the topology ``have``, for which module ``name`` has been cut before.
+
+    Raises:
+        LayoutError: If they do not.
+
+    """
+    shard_size = have.tensor if expert_tensor is None else expert_tensor
+    wanted = ((tensor, have.tensor), (expert, have.expert), (shard_size, have.expert_tensor))
+    fits = all(want in ("auto", size) for want, size in wanted)
+    if not fits or (have.world_size, have.order) != (world_size, order):
+        raise LayoutError(
+            f"{name} has been cut for {have} and cannot be cut again for other sizes. Build a new module, and load a "
+            "checkpoint into it to keep the weights."
+        )
 
 
 def _largest_tensor(module: nn.Module | None, styles: Mapping[str, Style], limit: int) -> int:

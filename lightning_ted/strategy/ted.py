@@ -12,30 +12,33 @@ import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile
-from lightning_ted.errors import LayoutError, UnsupportedError
+from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.moe.layer import moe_layers
 from lightning_ted.optim.clip import clip_by_norm_
 from lightning_ted.optim.gradients import FAMILY_AXES, GradientReducer
 from lightning_ted.strategy import _compat, checks, data, metrics
 from lightning_ted.strategy._compat import is_overridden
 from lightning_ted.strategy.backward import BackwardSync, NamedParameters
-from lightning_ted.strategy.batchnorm import synchronize_batchnorm
-from lightning_ted.strategy.partition import PartitionOptions, partition_module
+from lightning_ted.strategy.batchnorm import synchronize_layers
+from lightning_ted.strategy.buffers import synchronize_buffers
+from lightning_ted.strategy.hints import add_hint
+from lightning_ted.strategy.partition import PartitionOptions, mesh_of, partition_module
 from lightning_ted.strategy.precision import with_global_clipping
 from lightning_ted.strategy.ranks import RankedStrategy
 from lightning_ted.strategy.registry import DESCRIPTION, NAME
-from lightning_ted.strategy.sizes import moe_layers, resolve_sizes
+from lightning_ted.strategy.sizes import check_reuse, module_styles, resolve_sizes
+from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import RankOrder, Topology
 
 
@@ -113,7 +116,6 @@ class TEDStrategy(RankedStrategy):
         self._configured = False
         self._checked_stages: set[str] = set()
         self._described = False
-        self._configured = False
 
     @property
     def layouts(self) -> dict[str, ParamLayout]:
@@ -146,19 +148,12 @@ class TEDStrategy(RankedStrategy):
     def _resolve(self, module: pl.LightningModule | None) -> Topology:
         world_size = self.num_nodes * self.num_processes
         asked = (self._tensor_parallel_size, self._expert_parallel_size, self._expert_tensor_parallel_size)
-        cut_before = _topology_of(module)
-        if cut_before is not None:
+        mesh = mesh_of(module)
+        if mesh is not None:
             # The sizes that "auto" stands for were found when the layers were whole.
-            have = (cut_before.tensor, cut_before.expert, cut_before.expert_tensor)
-            wanted = (*asked[:2], cut_before.tensor if asked[2] is None else asked[2])
-            fits = all(want in ("auto", size) for want, size in zip(wanted, have, strict=True))
-            if not fits or cut_before.world_size != world_size or cut_before.order != self._rank_order:
-                raise LayoutError(
-                    f"{type(module).__name__} has been cut for {cut_before} and cannot be cut again for other sizes. Build a "
-                    "new module, and load a checkpoint into it to keep the weights."
-                )
-            return cut_before
-        return resolve_sizes(
+            check_reuse(type(module).__name__, mesh.topology, world_size, *asked, self._rank_order)
+            return mesh.topology
+        topology = resolve_sizes(
             module,
             world_size,
             self.num_processes,
@@ -167,10 +162,20 @@ class TEDStrategy(RankedStrategy):
             self._options.plan,
             complete=module is None or self._has_all_layers(module),
         )
+        if module is not None and self._has_all_layers(module) and not is_overridden("setup", module):
+            self._refuse_idle_sizes(module, topology)
+        return topology
+
+    def _refuse_idle_sizes(self, module: pl.LightningModule, topology: Topology) -> dict[str, Style]:
+        styles = module_styles(module, self._options.plan)
+        checks.refuse_idle_sizes(
+            module, styles, topology, self._expert_tensor_parallel_size, self._options.sequence_parallel
+        )
+        return styles
 
     def _has_all_layers(self, module: pl.LightningModule) -> bool:
         """False while ``configure_model`` has layers still to make."""
-        return self._configured or _topology_of(module) is not None or not is_overridden("configure_model", module)
+        return self._configured or mesh_of(module) is not None or not is_overridden("configure_model", module)
 
     def _experts_come_later(self, module: pl.LightningModule) -> bool:
         """Whether the largest legal expert degree can be told only when ``configure_model`` has made the experts."""
@@ -178,14 +183,26 @@ class TEDStrategy(RankedStrategy):
 
     def _make_mesh(self, module: pl.LightningModule) -> None:
         topology = self._resolve(module)
-        if self._mesh is None or self._mesh.topology != topology:
+        made = mesh_of(module)
+        if made is not None:
+            self._mesh = made  # its layers communicate on it
+        elif self._mesh is None or self._mesh.topology != topology or not self._mesh.is_alive:
             self._mesh = TEDMesh(topology, self.root_device.type, self._timeout)
         module._device_mesh = self._mesh.dense
+        # Made now, when every rank makes it; one that asked for it alone would be alone in making groups.
+        _ = self._mesh.expert
 
     def _partition(self, module: pl.LightningModule) -> None:
         self._layouts = partition_module(
             module, self.mesh, self._options, self.root_device, complete=self._has_all_layers(module)
         )
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        # Without storage now, it comes tensor by tensor, when each is cut.
+        with torch.device("meta") if empty_init else self.root_device, self.precision_plugin.tensor_init_context():
+            yield
 
     @contextmanager
     @override
@@ -204,7 +221,7 @@ class TEDStrategy(RankedStrategy):
         module = self.lightning_module
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting and self._layer_sync is not None:
-            self.model = self._synchronize_layers(self.model)
+            self.model = synchronize_layers(self._layer_sync, self.model, self.mesh.axis("data"))
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self._partition(module)  # what a `setup` hook has added
@@ -213,31 +230,35 @@ class TEDStrategy(RankedStrategy):
         self._sync = self._make_sync()
         self._checked_stages.clear()
         self.barrier("setup")
+        styles = self._refuse_idle_sizes(module, self.topology)
         if fitting:
             checks.warn_of_overrides(trainer, module)
             checks.refuse_early_copies(trainer, module, self.topology)
+            checks.refuse_sparse_gradients(module)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if fitting:
             _compat.optimizers_to_device(self.optimizers, self.root_device)
         if not self._described:
+            checks.warn_of_idle_sizes(module, styles, self.topology, self._tensor_parallel_size)
             rank_zero_info(checks.describe(module, self._layouts, self.topology))
             self._described = True
         data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)
-
-    def _synchronize_layers(self, model: Module) -> Module:
-        assert self._layer_sync is not None
-        if type(self._layer_sync) is TorchSyncBatchNorm:
-            return synchronize_batchnorm(model, self.mesh.axis("data"))
-        return self._layer_sync.apply(model)
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._reset_optimizers_and_schedulers()
         super().setup_optimizers(trainer)
+        self._check_optimizers()
+
+    def _check_optimizers(self) -> None:
         assert self.lightning_module is not None
-        is_cut = self._single_file().is_cut
-        checks.check_optimizers(self.optimizers, self.lightning_module, self._names_at_connect, is_cut)
+        placed = [parameter for _, parameter in self._parameters]
+        checks.check_optimizers(self.optimizers, self.lightning_module, self._names_at_connect, placed, self._layouts)
+
+    @override
+    def on_train_start(self) -> None:
+        self._check_optimizers()  # hooks may have added parameter groups
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
@@ -312,6 +333,12 @@ class TEDStrategy(RankedStrategy):
         stage = self.lightning_module.trainer.state.stage
         return "unknown" if stage is None else str(stage.value)
 
+    def _synchronize_buffers(self) -> None:
+        assert self.lightning_module is not None
+        synchronize_buffers(self.lightning_module, self._layouts, self.mesh.axis("data"))
+
+    on_validation_start = on_test_start = on_predict_start = _synchronize_buffers
+
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _single_file(self) -> SingleFile:
@@ -328,7 +355,9 @@ class TEDStrategy(RankedStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        return self._single_file().cut(super().load_checkpoint(checkpoint_path, weights_only=weights_only))
+        return self._single_file().cut(
+            super().load_checkpoint(checkpoint_path, **_compat.reading_options(weights_only))
+        )
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -341,33 +370,24 @@ class TEDStrategy(RankedStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        _compat.augment_message(
-            exception,
-            pattern=r"(?i).*(closed by peer|reset by peer|remote worker).*",
-            new_message=(
-                "Another rank has left: this rank waited for it in a collective. The first traceback of the other ranks, "
-                "not this one, tells why."
-            ),
-        )
+        add_hint(exception)
 
     @override
     def teardown(self) -> None:
         # No collective here: after an error, the failing rank alone comes this way.
-        module = self.lightning_module
+        module = self._lightning_module
         trainer = module._trainer if module is not None else None
         if self._layer_sync is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             assert self.model is not None
             self.model = self._layer_sync.revert(self.model)
+        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+            # What was never given storage cannot be moved to the CPU, and trying to would hide the reason.
+            self._lightning_module = None
         super().teardown()
+        self._lightning_module = module
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:
         if NAME not in strategy_registry:
             strategy_registry.register(NAME, cls, description=DESCRIPTION)
-
-
-def _topology_of(module: Module | None) -> Topology | None:
-    """The topology for which the module's layers have been cut before, if they have."""
-    record = None if module is None else module.__dict__.get("_ted_partition")
-    return None if record is None else record.topology

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -77,32 +77,89 @@ def check_heads(root: nn.Module, styles: Mapping[str, Style], degree: int) -> No
 
 
 def find_stacks(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, list[str]]:
-    """The block stacks (nn.ModuleList, nn.Sequential) that hold column-parallel layers: name to names of the blocks."""
+    """The stacks of blocks whose activations may be split over tokens: name to names of the blocks.
+
+    A stack is an nn.ModuleList or nn.Sequential, the outermost one of which several children, or all, each hold a column-
+    and a row-parallel layer. Its blocks are the children from the first such one to the last; a list of heads, or of
+    embeddings, is no stack.
+    """
+    holders = _enclosing(name for name, style in styles.items() if style.name in _COLUMN)
+    holders &= _enclosing(name for name, style in styles.items() if style.name in _ROW)
     stacks: dict[str, list[str]] = {}
-    for name in styles:
-        parts = name.split(".")
-        for depth, part in enumerate(parts):
-            container = ".".join(parts[:depth])
-            if part.isdigit() and isinstance(root.get_submodule(container), (nn.ModuleList, nn.Sequential)):
-                children = root.get_submodule(container).named_children()
-                stacks.setdefault(container, [f"{container}.{child}" for child, _ in children])
-                break
+    for name, module in root.named_modules():
+        inside = any(f"{name}.".startswith(f"{block}.") for blocks in stacks.values() for block in blocks)
+        if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        # Not named_children(), which leaves out the second name of a block that is used twice.
+        children = [f"{name}.{leaf}" if name else leaf for leaf in module._modules]
+        held = [c for c in children if c in holders and _is_called(root.get_submodule(c))]
+        if len(held) >= 2 or (held and held == children):
+            stacks[name] = children[children.index(held[0]) : children.index(held[-1]) + 1]
     return stacks
 
 
-def apply_plan(
+def install_sequences(
     root: nn.Module,
     styles: Mapping[str, Style],
     axis: Axis,
-    sequence_parallel: bool = False,
+    earlier: Mapping[str, SequenceRegion],
+    cut: Collection[str],
+    complete: bool,
+) -> dict[str, SequenceRegion]:
+    """Split activations over tokens in the stacks of blocks.
+
+    Args:
+        root: The module whose qualified names the other arguments use.
+        styles: Qualified name to style, of all layers.
+        axis: The tensor axis.
+        earlier: What earlier calls have returned.
+        cut: Parameters that have been cut already.
+        complete: False while layers are still to be built.
+
+    Returns:
+        The stacks of this call, by name. Everything whole in their blocks has partial gradients.
+
+    Raises:
+        PlanError: If there is no stack in a complete module, or the ends of one cannot be told.
+
+    """
+    if axis.size == 1:
+        return {}
+    regions: dict[str, SequenceRegion] = {}
+    for stack, blocks in find_stacks(root, styles).items():
+        if stack in earlier and earlier[stack].blocks == blocks:
+            continue
+        if stack in earlier or any(f"{name}.".startswith(f"{block}.") for name in cut for block in blocks):
+            raise PlanError(
+                f"`sequence_parallel=True`: the blocks of '{stack}' were built in parts, some of it before `configure_model` "
+                f"and some later; build all of it in one place, or set `sequence_parallel=False`."
+            )
+        distinct = {id(module): module for module in map(root.get_submodule, blocks)}
+        if 1 < len(distinct) < len(blocks):
+            raise PlanError(
+                f"`sequence_parallel=True`: '{stack}' holds a block twice among others, so it cannot be told where the stack "
+                f"begins and ends; make it a block of its own, or set `sequence_parallel=False`."
+            )
+        regions[stack] = SequenceRegion(stack, axis, blocks, list(distinct.values()))
+    if complete and not regions and not earlier:
+        raise PlanError(
+            "`sequence_parallel=True` found no nn.ModuleList or nn.Sequential of blocks that each hold a column- and a "
+            "row-parallel layer; put the blocks in one and their layers in `tensor_parallel_plan`, or set "
+            "`sequence_parallel=False`."
+        )
+    return regions
+
+
+def apply_plan(
+    root: nn.Module, styles: Mapping[str, Style], axis: Axis, sequences: Collection[SequenceRegion] = ()
 ) -> PlanResult:
     """Swap the classes of the styled modules.
 
     Args:
         root: The module whose qualified names ``styles`` uses.
-        styles: Qualified name to style.
+        styles: Qualified name to style; no module under two names.
         axis: The tensor axis.
-        sequence_parallel: Split activations over tokens in the block stacks.
+        sequences: The stacks whose activations are split over tokens.
 
     Raises:
         PlanError: If a style does not fit its module, or a size does not divide.
@@ -112,37 +169,37 @@ def apply_plan(
     if axis.size == 1:
         return result
     check_heads(root, styles, axis.size)
-    sequences = _install_sequences(root, styles, axis, result) if sequence_parallel else {}
     by_parent: dict[str, list[str]] = defaultdict(list)
     for name in styles:
         by_parent[name.rpartition(".")[0]].append(name)
     for parent_name, names in by_parent.items():
-        parent = root.get_submodule(parent_name)
-        sequence = next((region for stack, region in sequences.items() if parent_name.startswith(f"{stack}.")), None)
+        sequence = next((sequence for sequence in sequences if sequence.contains(parent_name)), None)
         columns = [name for name in names if styles[name].name in _COLUMN]
         rows = [name for name in names if styles[name].name in _ROW]
-        region = ShardedRegion(axis, sequence, len(columns), bool(columns and rows) and draws_dropout(parent))
+        random = bool(columns and rows) and draws_dropout(root.get_submodule(parent_name))
+        region = ShardedRegion(axis, sequence, len(columns), random)
         if columns:
-            parent.register_forward_hook(region.close, always_call=True)
+            _owner(root, parent_name).register_forward_hook(region.close, always_call=True)
         for name in names:
             _apply_style(root, name, styles[name], axis, region, result)
     return result
 
 
-def _install_sequences(
-    root: nn.Module, styles: Mapping[str, Style], axis: Axis, result: PlanResult
-) -> dict[str, SequenceRegion]:
-    regions: dict[str, SequenceRegion] = {}
-    for stack, blocks in find_stacks(root, styles).items():
-        regions[stack] = SequenceRegion(stack, axis)
-        regions[stack].install(root.get_submodule(blocks[0]), root.get_submodule(blocks[-1]), root.get_submodule(stack))
-        result.partial.add(stack)
-    if not regions and styles:
-        raise PlanError(
-            "`sequence_parallel=True` found no nn.ModuleList or nn.Sequential of blocks with column-parallel layers; put the "
-            "blocks in one, or set `sequence_parallel=False`."
-        )
-    return regions
+def _enclosing(names: Iterable[str]) -> set[str]:
+    """The names of all modules around those of ``names``."""
+    return {".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(1, len(parts))}
+
+
+def _owner(root: nn.Module, name: str) -> nn.Module:
+    """The module in whose forward the children of ``name`` run: itself, or what is around it if it is a mere list."""
+    while name and not _is_called(root.get_submodule(name)):
+        name = name.rpartition(".")[0]
+    return root.get_submodule(name)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether a module has a forward; nn.ModuleList and nn.ModuleDict only hold others."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _apply_style(
@@ -180,10 +237,16 @@ def _apply_style(
 
 
 def _require(module: nn.Module, kind: type[nn.Module], name: str, style: Style) -> nn.Linear:
-    if not isinstance(module, kind) or type(module).forward is not kind.forward:
+    # nn.CrossEntropyLoss has a buffer of this name.
+    if isinstance(module, kind) and "weight" not in (module._parameters | module._buffers):
         raise PlanError(
-            f"style '{style.name}' of '{name}' fits a torch.nn.{kind.__name__} with its own forward, not a "
-            f"{type(module).__name__}; leave it out of the plan."
+            f"'{name}' makes its weight from other parameters (weight_norm, spectral_norm or another parametrization), so it "
+            f"cannot be cut by the style '{style.name}'; remove the parametrization, or leave it out of the plan."
+        )
+    if type(module) is not kind:
+        raise PlanError(
+            f"style '{style.name}' of '{name}' fits a torch.nn.{kind.__name__} itself, not a {type(module).__name__}, whose own "
+            f"methods would be lost; leave it out of the plan."
         )
     return module  # type: ignore[return-value]
 

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from lightning_ted.collectives.tensor import sum_shards
 from lightning_ted.errors import PlanError
 from lightning_ted.mesh import Axis
+from lightning_ted.tensor_parallel.ranges import require_range
 
 
 class VocabParallelEmbedding(nn.Embedding):
     """Each rank looks up the tokens of its part of the vocabulary, zeros elsewhere; the sum is the embedding."""
 
     axis: Axis
+    name: str
 
     @classmethod
     def adopt(cls, embedding: nn.Embedding, axis: Axis, name: str) -> None:
@@ -30,14 +32,20 @@ class VocabParallelEmbedding(nn.Embedding):
                     f"support; leave it out of the plan."
                 )
         embedding.__class__ = cls
-        embedding.axis = axis  # type: ignore[assignment]
+        embedding.axis, embedding.name = axis, name  # type: ignore[assignment]
         embedding.num_embeddings //= axis.size
         if embedding.padding_idx is not None:
             padding = embedding.padding_idx - axis.rank * embedding.num_embeddings
             embedding.padding_idx = padding if 0 <= padding < embedding.num_embeddings else None
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[...]`` token numbers to ``[..., embedding_dim]``."""
+        """``[...]`` token numbers to ``[..., embedding_dim]``.
+
+        Raises:
+            IndexError: If a number is not in the vocabulary.
+
+        """
+        require_range(input, self.num_embeddings * self.axis.size, f"token number for the embedding '{self.name}'")
         local = input - self.axis.rank * self.num_embeddings
         foreign = (local < 0) | (local >= self.num_embeddings)
         found = F.embedding(local.masked_fill(foreign, 0), self.weight, None)

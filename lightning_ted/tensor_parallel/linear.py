@@ -6,14 +6,23 @@ names and copies of the module stay valid. ``weight`` is ``[out_features, in_fea
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ted.collectives.tensor import copy_to_shards, gather_features, row_linear, split_features
+from lightning_ted.collectives.tensor import (
+    autocast_dtype,
+    copy_to_shards,
+    gather_features,
+    row_linear,
+    split_features,
+    to_autocast,
+)
 from lightning_ted.mesh import Axis
-from lightning_ted.tensor_parallel.randomness import ShardRandomness
+from lightning_ted.tensor_parallel.randomness import RandomStream
 from lightning_ted.tensor_parallel.sequence import SequenceRegion
 
 
@@ -21,29 +30,33 @@ class ShardedRegion:
     """What the column- and row-parallel layers of one parent share: their input, and random numbers of their own.
 
     Column-parallel siblings that read the same tensor (query, key, value; gate, up) hand it over once, so their
-    gradients for it are added before the one all-reduce; with sequence parallelism it is gathered once, too.
+    gradients for it are added before the one all-reduce; with sequence parallelism it is gathered once, too. Between
+    the first of them and the row-parallel layer, features are split and random numbers come from this rank's stream.
     """
 
     def __init__(self, axis: Axis, sequence: SequenceRegion | None, readers: int, random: bool) -> None:
         self.axis = axis
         self.sequence = sequence
         self._readers = readers
-        # Inside a sequence-parallel stack every tensor is split, and the stack has switched already.
-        self._randomness = ShardRandomness(axis) if random and sequence is None else None
+        self._stream = RandomStream.of_rank(axis) if random else None
         self._key: tuple[Any, ...] | None = None
         self._shared: Tensor | None = None
         self._reads = 0
 
     def enter(self, x: Tensor, training: bool) -> Tensor:
         """The input of a column-parallel layer, handed over to the shards once for all siblings that read it."""
-        if training and self._randomness is not None:
-            self._randomness.enter(x.device)
+        # Siblings find the stream in use. One that a forward has left behind, after whose end somebody reset the
+        # generators (the recomputation of a checkpoint), is not in use and begins anew.
+        if training and self._stream is not None and not self._stream.in_use:
+            self._stream.enter(x.device)
         if self._readers == 1:
             return self._hand_over(x)
-        version = None if x.is_inference() else x._version
         # The tensor itself is held, not its id: an id may be used again.
-        if self._key is None or self._key[0] is not x or self._key[1:] != (version, x.requires_grad):
-            self._key, self._shared, self._reads = (x, version, x.requires_grad), self._hand_over(x), 0
+        # A compiler cannot ask for versions; while training, autograd needs the input of every sibling unchanged anyway.
+        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        key = (version, x.requires_grad, torch.is_grad_enabled(), autocast_dtype(x))
+        if self._key is None or self._key[0] is not x or self._key[1:] != key:
+            self._key, self._shared, self._reads = (x, *key), self._hand_over(x), 0
         shared = self._shared
         assert shared is not None
         self._reads += 1
@@ -53,24 +66,24 @@ class ShardedRegion:
 
     def leave(self) -> None:
         """What follows works on replicated tensors (or split tokens) again."""
-        if self._randomness is not None:
-            self._randomness.leave()
+        if self._stream is not None and self._stream.in_use:
+            self._stream.leave()
 
     def close(self, *_: Any) -> None:
-        """Forward hook of the parent: nothing outlives a forward, however it ended."""
+        """Forward hook of the module that owns the layers: nothing outlives a forward, however it ended."""
         self._forget()
         self.leave()
 
     def _hand_over(self, x: Tensor) -> Tensor:
+        x = to_autocast(x)
         return copy_to_shards(x, self.axis) if self.sequence is None else self.sequence.gather(x)
 
     def _forget(self) -> None:
         self._key = self._shared = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedRegion:
-        copy = ShardedRegion(self.axis, self.sequence, self._readers, self._randomness is not None)
-        memo[id(self)] = copy
-        return copy
+        # What is shared belongs to one forward and carries its graph, which cannot be copied.
+        return ShardedRegion(self.axis, deepcopy(self.sequence, memo), self._readers, self._stream is not None)
 
 
 class ColumnParallelLinear(nn.Linear):
@@ -112,10 +125,11 @@ class RowParallelLinear(nn.Linear):
         """``[..., in_features / t] -> [..., out_features]``."""
         axis, sequence = self.region.axis, self.region.sequence
         self.region.leave()
+        input = to_autocast(input)
         if self.split_input:
             input = split_features(input if sequence is None else sequence.whole(input), axis)
         if sequence is None:
             output = row_linear(input, self.weight, axis)
         else:
             output = sequence.scatter(F.linear(input, self.weight))
-        return output if self.bias is None else output + self.bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -9,6 +9,7 @@ from lightning_ted.collectives.primitives import all_reduce
 from lightning_ted.collectives.tensor import sum_shards
 from lightning_ted.errors import PlanError
 from lightning_ted.mesh import Axis
+from lightning_ted.tensor_parallel.ranges import require_range
 
 
 class VocabParallelCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -26,12 +27,19 @@ class VocabParallelCrossEntropyLoss(nn.CrossEntropyLoss):
         loss.axis = axis  # type: ignore[assignment]
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of ``target`` (class numbers, shape of ``input`` without its class dimension)."""
+        """The loss of ``target`` (class numbers, shape of ``input`` without its class dimension).
+
+        Raises:
+            PlanError: If ``target`` holds probabilities.
+            IndexError: If it holds a number that is neither a class nor ``ignore_index``.
+
+        """
         if target.is_floating_point():
             raise PlanError("vocab_parallel_loss takes class numbers as `target`, not probabilities.")
         classes = 0 if input.dim() == 1 else 1
         logits_NC = input.movedim(classes, -1).float() if input.dtype.itemsize == 2 else input.movedim(classes, -1)
         local = logits_NC.shape[-1]
+        require_range(target, local * self.axis.size, "class number of `target`", ignored=self.ignore_index)
         highest_N = all_reduce(logits_NC.detach().amax(-1), self.axis, "max")
         shifted_NC = logits_NC - highest_N.unsqueeze(-1)
         own = target - self.axis.rank * local

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_ted.collectives.primitives import all_reduce
 from lightning_ted.collectives.tensor import gather_tokens_to_shards, sum_shards_to_tokens
 from lightning_ted.collectives.tokens import drop, restore, shares
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.mesh import Axis
-from lightning_ted.tensor_parallel.randomness import ShardRandomness, draws_dropout
+from lightning_ted.tensor_parallel.randomness import split_randomness
 
 
 class SequenceRegion:
@@ -19,40 +22,28 @@ class SequenceRegion:
     Column-parallel layers inside gather the tokens, row-parallel layers reduce-scatter them. A length that the axis
     does not divide is shared out unevenly, so the whole length, which a share does not tell, is kept from the entry of
     the region.
+
+    Attributes:
+        name: Qualified name of the stack, an nn.ModuleList or nn.Sequential.
+        axis: The tensor axis.
+        blocks: Qualified names of the blocks, in order; ``modules`` are the modules behind them, each once.
+        length: Tokens of a sequence, those of all ranks together, in the latest forward.
+
     """
 
-    def __init__(self, name: str, axis: Axis) -> None:
+    def __init__(self, name: str, axis: Axis, blocks: Sequence[str], modules: Sequence[nn.Module]) -> None:
         self.name = name
         self.axis = axis
+        self.blocks = list(blocks)
         self.length = 0
-        self._randomness: ShardRandomness | None = None
+        modules[0].register_forward_pre_hook(self._enter, with_kwargs=True)
+        modules[-1].register_forward_hook(self._leave)
+        for block in modules:
+            split_randomness(block, axis)
 
-    def install(self, first: nn.Module, last: nn.Module, stack: nn.Module) -> None:
-        """Split what enters ``first``, and gather what leaves ``last``."""
-        self._randomness = ShardRandomness(self.axis) if draws_dropout(stack) else None
-        first.register_forward_pre_hook(self._enter, with_kwargs=True)
-        last.register_forward_hook(self._leave, always_call=True)
-
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not args or not isinstance(args[0], Tensor) or args[0].dim() < 2:
-            raise UnsupportedError(
-                f"`sequence_parallel=True` needs the hidden states [batch, sequence, width] as first positional argument of "
-                f"the blocks of '{self.name}'; pass them so, or set `sequence_parallel=False`."
-            )
-        hidden = args[0]
-        self.length = hidden.shape[-2]
-        if module.training and self._randomness is not None:
-            self._randomness.enter(hidden.device)
-        return (drop(hidden, self.axis, dim=hidden.dim() - 2), *args[1:]), kwargs
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if self._randomness is not None:
-            self._randomness.leave()
-        if isinstance(output, Tensor):
-            return restore(output, self.length, self.axis, dim=output.dim() - 2)
-        if isinstance(output, tuple):
-            return (restore(output[0], self.length, self.axis, dim=output[0].dim() - 2), *output[1:])
-        return output
+    def contains(self, name: str) -> bool:
+        """Whether the module or parameter of this qualified name belongs to a block."""
+        return any(f"{name}.".startswith(f"{block}.") for block in self.blocks)
 
     def gather(self, x: Tensor) -> Tensor:
         """All tokens, for column-parallel weights."""
@@ -60,11 +51,35 @@ class SequenceRegion:
 
     def whole(self, x: Tensor) -> Tensor:
         """All tokens, for what is the same on every rank; unchanged where they are all there already."""
-        return x if x.shape[-2] == self.length else restore(x, self.length, self.axis, dim=x.dim() - 2)
+        tokens = x.shape[-2]
+        if self.length == 1:
+            # The first rank has the one token either way.
+            tokens = int(all_reduce(torch.tensor(tokens, device=x.device), self.axis, "min"))
+        return x if tokens == self.length else restore(x, self.length, self.axis, dim=x.dim() - 2)
 
     def scatter(self, x: Tensor) -> Tensor:
         """This rank's tokens of the sum of partial results of row-parallel weights."""
         return sum_shards_to_tokens(x, x.dim() - 2, shares(x.shape[-2], self.axis.size), self.axis)
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = args[0] if args else None
+        if not isinstance(hidden, Tensor) or hidden.dim() < 2 or not hidden.is_floating_point():
+            raise UnsupportedError(
+                f"`sequence_parallel=True` needs the hidden states [batch, sequence, width] as first positional argument of "
+                f"the blocks of '{self.name}'; pass them so, or set `sequence_parallel=False`."
+            )
+        self.length = hidden.shape[-2]
+        return (drop(hidden, self.axis, dim=hidden.dim() - 2), *args[1:]), kwargs
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) and output else output
+        if not isinstance(hidden, Tensor) or hidden.dim() < 2:
+            raise UnsupportedError(
+                f"`sequence_parallel=True` needs the hidden states [batch, sequence, width] as what the blocks of '{self.name}' "
+                f"return, alone or first in a tuple, not a {type(output).__name__}; or set `sequence_parallel=False`."
+            )
+        hidden = restore(hidden, self.length, self.axis, dim=hidden.dim() - 2)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _sizes(self, x: Tensor) -> list[int]:
         sizes = shares(self.length, self.axis.size)

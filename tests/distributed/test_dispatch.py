@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from lightning_ted.collectives.recorder import CommRecorder
 from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.moe import MoE, auxiliary_loss, expert_counts
+from lightning_ted.moe import MoE, Routing, TopKRouter, auxiliary_loss, expert_counts
 from lightning_ted.moe.losses import drop_rate
 from lightning_ted.optim.gradients import GradientReducer
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
@@ -170,3 +171,76 @@ def test_counts_and_auxiliary_loss_do_not_depend_on_the_layout(pools: Pools) -> 
             assert rank_loss == pytest.approx(loss, rel=1e-12)
             rates.add(round(rate, 9))
     assert len(rates) == 1 and 0 < rates.pop() < 1
+
+
+def host_reads(topology: Topology, options: dict[str, object], dtype: torch.dtype) -> tuple[int, int]:
+    """Numbers that a layer's forward and backward read on the host, each a synchronisation on a GPU."""
+    layer = Layer(**options).to(dtype)
+    partition_module(layer, TEDMesh(topology), PartitionOptions())
+    x = inputs([6] * topology.data)[topology.coordinates(dist.get_rank()).data].to(dtype).requires_grad_()
+    reads = 0
+
+    def counting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def read(self: Tensor, *args: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return method(self, *args)
+
+        return read
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "nonzero", "cpu", "numpy"):
+            patch.setattr(Tensor, name, counting(getattr(Tensor, name)))
+        output = layer.moe(layer.before(x))
+        forward = reads
+        output.sum().backward()
+    return forward, reads - forward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["grouped", "one by one"])
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("topology", LAYOUTS, ids=lambda t: f"tp{t.tensor}-ep{t.expert}-etp{t.expert_tensor}")
+def test_layer_reads_the_host_once(
+    pools: Pools, topology: Topology, options: dict[str, object], dtype: torch.dtype
+) -> None:
+    for forward, backward in pools(4).run(host_reads, topology, options, dtype):
+        assert (forward, backward) == (1, 0)
+
+
+def autocast_traffic(topology: Topology, enabled: bool) -> dict[tuple[str, str], int]:
+    layer = Layer().float()
+    partition_module(layer, mesh := TEDMesh(topology), PartitionOptions())
+    with mesh.recording(CommRecorder()) as recorder, torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        layer(torch.ones(8, WIDTH)).sum().backward()
+    return dict(recorder.bytes)
+
+
+def test_autocast_halves_what_is_sent_for_the_experts(pools: Pools) -> None:
+    topology = Topology(4, 2, 2, 2)
+    counts = 2 * 8  # of the rows for the other rank's two experts
+    for wide, narrow in zip(
+        pools(4).run(autocast_traffic, topology, False), pools(4).run(autocast_traffic, topology, True), strict=True
+    ):
+        assert wide["all_to_all", "expert"] - counts == 2 * (narrow["all_to_all", "expert"] - counts) > 0
+        assert wide["reduce_scatter", "expert_tensor"] == 2 * narrow["reduce_scatter", "expert_tensor"]
+
+
+class Noisy(TopKRouter):
+    def forward(self, tokens_TD: Tensor) -> Routing:
+        self.noise_TD = torch.randn_like(tokens_TD)
+        return super().forward(tokens_TD + self.noise_TD)
+
+
+def noise(topology: Topology) -> tuple[Tensor, Tensor]:
+    layer = Layer(router=Noisy(WIDTH, 4))
+    partition_module(layer, TEDMesh(topology), PartitionOptions())
+    torch.manual_seed(0)
+    layer(torch.ones(7, WIDTH, dtype=torch.double))
+    return layer.moe.router.noise_TD, torch.rand(3)
+
+
+def test_router_noise_differs_on_tensor_peers_and_leaves_their_common_stream_alone(pools: Pools) -> None:
+    (first, after_first), (second, after_second) = pools(2).run(noise, Topology(2, 2))
+    assert torch.equal(after_first, after_second)
+    assert len(first) == 4 and len(second) == 3  # of seven tokens
+    assert not torch.isclose(first[:3], second).any()

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_ted.errors import TEDError
 from lightning_ted.mesh import SINGLE, Axis, TEDMesh
 from lightning_ted.topology import AXIS_NAMES, Topology
 
@@ -207,12 +208,27 @@ def copies_of_an_attached_axis() -> None:
     described = pickle.loads(pickle.dumps(module)).axis
     assert (described.name, described.size, described.rank) == ("tensor", 2, dist.get_rank() % 2)
     assert described.group is None
-    with pytest.raises(RuntimeError, match=r"^the 'tensor' axis of size 2 is not attached to a process group\.$"):
-        described.group_name  # noqa: B018 - reading it is what raises
+    # Whoever took None for a group would communicate with the whole world.
+    for attribute in ("group_name", "attached_group"):
+        with pytest.raises(
+            TEDError, match=r"^the 'tensor' axis of size 2 is not attached to a process group: .* pickled"
+        ):
+            getattr(described, attribute)
 
 
 def test_copies_share_an_axis_and_pickles_describe_it(pools):
     pools(2).run(copies_of_an_attached_axis)
+
+
+def test_a_mesh_ends_with_its_process_group_and_is_not_pickled():
+    with fake_world(Topology(4, 2), 1) as mesh:
+        assert mesh.is_alive
+        assert copy.deepcopy(mesh) is mesh
+        assert pickle.loads(pickle.dumps(mesh)) is None
+    assert not mesh.is_alive
+    with fake_world(Topology(4, 2), 1):
+        assert not mesh.is_alive
+    assert TEDMesh(Topology(1)).is_alive
 
 
 def test_single_is_an_axis_of_one_rank_without_a_group():

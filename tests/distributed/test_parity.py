@@ -26,6 +26,12 @@ def layouts(world: int) -> Iterator[Case]:
 
 
 GRID = [case for world in (2, 4, 8) for case in layouts(world)]
+#: An expert-tensor degree between 1 and the tensor degree.
+GRID += [
+    Case(world, 4, expert, 2, mode=mode)
+    for world, expert in ((4, 2), (8, 2), (8, 4))
+    for mode in ("dtd", "undropped", "sequence")
+]
 
 
 def worst(results: Sequence[list[dict[str, float]]]) -> dict[str, float]:

@@ -125,8 +125,8 @@ class _MakesLayersLate(Toy):
             self.net = Toy().net
 
 
-def _early_copy() -> str:
-    run = trainer("tp2", callbacks=[EMAWeightAveraging()], max_steps=1)
+def _early_copy(kind: str) -> str:
+    run = trainer("tp2", callbacks=_callbacks(kind), max_steps=1)
     try:
         run.fit(_MakesLayersLate(), loader())
     except UnsupportedError as error:
@@ -134,8 +134,9 @@ def _early_copy() -> str:
     return ""
 
 
-def test_averaging_of_layers_that_are_made_late_is_refused(pools: Pools) -> None:
-    assert all("Build the layers in `_MakesLayersLate.__init__`" in text for text in pools(4).run(_early_copy))
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_averaging_of_layers_that_are_made_late_is_refused(pools: Pools, kind: str) -> None:
+    assert all("Build the layers in `_MakesLayersLate.__init__`" in text for text in pools(4).run(_early_copy, kind))
 
 
 def _timed() -> int:

@@ -94,6 +94,20 @@ def test_a_cut_module_is_reused_by_the_same_layout_and_refused_by_another(pools:
         assert "Toy has been cut for" in message and "load a checkpoint" in message
 
 
+def _groups() -> tuple[int, int]:
+    run = trainer("tp2", max_steps=1)
+    run.fit(Toy(), loader())
+    before = len(dist.distributed_c10d._world.pg_map)
+    if dist.get_rank() == 1:
+        assert _ted(run).expert_mesh.size() == 4
+    return before, len(dist.distributed_c10d._world.pg_map)
+
+
+def test_one_rank_may_ask_for_the_expert_mesh_alone(pools: Pools) -> None:
+    # It would make groups that the others do not have, and later ones could wait for ever.
+    assert all(before == after for before, after in pools(4).run(_groups))
+
+
 class _Late(Toy):
     def __init__(self) -> None:
         super().__init__()
@@ -167,6 +181,49 @@ def test_optimizer_made_before_the_run_steps_the_parts(pools: Pools) -> None:
 
 def test_optimizer_of_foreign_parameters_is_refused(pools: Pools) -> None:
     assert all("parameter of shape (3,)" in text and "HINT" in text for text in pools(4).run(_outside, "stranger"))
+
+
+class _MakesParameterLate(Toy):
+    def __init__(self, hook: str) -> None:
+        super().__init__("sgd")
+        self.hook = hook
+
+    def configure_optimizers(self) -> Any:
+        if self.hook == "configure_optimizers":
+            self.late = nn.Parameter(torch.ones(8))
+        return super().configure_optimizers()
+
+    def on_train_start(self) -> None:
+        if self.hook == "on_train_start":
+            self.late = nn.Parameter(torch.ones(8))
+            self.trainer.optimizers[0].add_param_group({"params": [self.late]})
+
+
+def _late_parameter(hook: str) -> str:
+    try:
+        trainer("tp2", max_steps=1).fit(_MakesParameterLate(hook), loader())
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("hook", ["configure_optimizers", "on_train_start"])
+def test_a_parameter_that_would_not_be_averaged_is_refused_by_name(pools: Pools, hook: str) -> None:
+    assert all("'late' was made after" in text and "`setup`" in text for text in pools(2).run(_late_parameter, hook))
+
+
+def _sparse() -> str:
+    module = Toy("sgd")
+    module.table = nn.Embedding(40, 8, sparse=True)
+    try:
+        trainer("tp2", max_steps=1).fit(module, loader())
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_sparse_gradients_are_refused_before_training(pools: Pools) -> None:
+    assert all("'table'" in text and "`sparse=False`" in text for text in pools(2).run(_sparse))
 
 
 def test_optimizer_that_mixes_elements_is_refused_by_name(pools: Pools) -> None:

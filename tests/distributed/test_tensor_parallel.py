@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ted.collectives.recorder import CommRecorder
@@ -81,41 +80,6 @@ def shared_inputs() -> float:
 
 def test_shared_inputs_are_not_mixed_up(pools: Pools) -> None:
     assert max(pools(2).run(shared_inputs)) < 1e-11
-
-
-def dropout_masks() -> dict[str, tuple[list[bool], list[bool]]]:
-    """Zeros of the attention weights' (sharded) and the residual's (replicated) dropout, twice from one random state."""
-    torch.manual_seed(7)
-    mesh = TEDMesh(TP2)
-    model = TinyDecoder(TinyConfig(dropout=0.5))
-    partition_module(model, mesh, PartitionOptions())
-    found: dict[str, list[list[bool]]] = {"sharded": [], "replicated": []}
-    original = F.dropout
-
-    def spy(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-        mask = original(torch.ones_like(x), p, training)
-        found["sharded" if x.dim() == 4 else "replicated"].append((mask == 0).flatten().tolist())
-        return x * mask
-
-    F.dropout = spy  # type: ignore[assignment]
-    try:
-        state = torch.get_rng_state()
-        for _ in range(2):
-            torch.set_rng_state(state)
-            model.blocks[0](torch.ones(2, 6, 16))
-    finally:
-        F.dropout = original  # type: ignore[assignment]
-    after = torch.rand(1).item()
-    half = len(found["sharded"]) // 2
-    assert found["sharded"][:half] == found["sharded"][half:], "the same state gives the same masks"
-    return {"sharded": found["sharded"][0], "replicated": found["replicated"][0], "after": after}  # type: ignore[dict-item]
-
-
-def test_dropout_agrees_on_replicated_tensors_and_differs_on_shards(pools: Pools) -> None:
-    first, second = pools(2).run(dropout_masks)
-    assert first["sharded"] != second["sharded"]
-    assert first["replicated"] == second["replicated"]
-    assert first["after"] == second["after"], "the common stream goes on the same"
 
 
 def wrong_plan() -> str:
@@ -207,7 +171,11 @@ def refusals() -> dict[str, str]:
     def linear() -> nn.Module:
         return nn.ModuleDict({"layer": nn.Linear(8, 6)})
 
+    shared = nn.Linear(8, 8)
     return {
+        "two styles": attempt(
+            nn.ModuleDict({"a": shared, "b": shared}), plan={"a": "colwise_gather_output", "b": "rowwise_split_input"}
+        ),
         "heads": attempt(TinyDecoder(TinyConfig(heads=2))),
         "width": attempt(linear(), plan={"layer": "colwise"}),
         "forward": attempt(odd, plan={"layer": "colwise"}),
@@ -228,12 +196,13 @@ def test_what_does_not_fit_is_refused_by_name(pools: Pools) -> None:
         in messages["heads"]
     )
     assert "does not divide the width 6 of 'layer'; choose one of 1, 2, 3, 6" in messages["width"]
-    assert "fits a torch.nn.Linear with its own forward, not a Odd" in messages["forward"]
+    assert "fits a torch.nn.Linear itself, not a Odd" in messages["forward"]
     assert "matches no module or parameter; did you mean 'layer'?" in messages["pattern"]
     assert "`tensor_parallel_plan['layer']='columns'` is unknown; choose one of colwise" in messages["style"]
     assert "5 equal blocks do not divide" in messages["blocks"]
     assert "`sequence_parallel=True` found no nn.ModuleList" in messages["no stack"]
     assert "a part of MoE layer 'blocks.1.ffn'" in messages["experts"]
+    assert "'a' and 'b' are one and the same" in messages["two styles"]
 
 
 def losses(smoothing: float, weighted: bool, reduction: str) -> float:
@@ -295,3 +264,127 @@ def padded() -> float:
 
 def test_padding_row_of_a_cut_embedding_takes_no_gradient(pools: Pools) -> None:
     assert max(pools(2).run(padded)) == 0
+
+
+def pair(bias: bool = True) -> nn.ModuleDict:
+    torch.manual_seed(11)
+    layers = nn.ModuleDict({"up": nn.Linear(8, 8, bias), "down": nn.Linear(8, 8, bias)})
+    layers.tp_plan = {"up": "colwise", "down": "rowwise"}  # type: ignore[assignment]
+    return layers
+
+
+def autocast_traffic(sequence: bool) -> tuple[dict[tuple[str, str], int], bool]:
+    mesh = TEDMesh(TP2)
+    whole = pair()
+    blocks = nn.Sequential(nn.Sequential(pair()["up"], pair()["down"]))
+    blocks.tp_plan = {"0.0": "colwise", "0.1": "rowwise"}  # type: ignore[assignment]
+    partition_module(blocks, mesh, PartitionOptions(sequence_parallel=sequence))
+    x = torch.randn(4, 16, 8, requires_grad=True)
+    with mesh.recording(CommRecorder()) as recorder, torch.autocast("cpu", torch.bfloat16):
+        output = blocks[0][1](blocks[0][0](x)) if not sequence else blocks(x)
+        output.float().sum().backward()
+        same = output.dtype == whole["down"](whole["up"](x)).dtype
+    return dict(recorder.bytes), same
+
+
+def test_autocast_sends_and_returns_its_own_precision(pools: Pools) -> None:
+    numbers = 4 * 16 * 8
+    for traffic, same in pools(2).run(autocast_traffic, False):
+        assert traffic == {("all_reduce", "tensor"): 2 * numbers * 2}  # 2 bytes, forward and backward; n bytes each
+        assert same
+    for traffic, same in pools(2).run(autocast_traffic, True):
+        # Around each of the two layers half of the tokens, forward and backward, in 2 bytes; the output of the stack in 2, and
+        # the gradient of its input in 4.
+        half = numbers // 2
+        assert traffic == {
+            ("all_gather", "tensor"): half * (2 + 2 + 2 + 4),
+            ("reduce_scatter", "tensor"): half * (2 + 2),
+        }
+        assert same
+
+
+def out_of_range() -> list[str]:
+    holder = nn.ModuleDict({"loss": nn.CrossEntropyLoss(), "e": nn.Embedding(12, 4)})
+    partition_module(holder, TEDMesh(TP2), PartitionOptions({"loss": "vocab_parallel_loss", "e": "embedding_rowwise"}))
+    said = []
+    for run in (
+        lambda: holder["loss"](torch.zeros(3, 6), torch.tensor([1, 12, -100])),
+        lambda: holder["loss"](torch.zeros(3, 6), torch.tensor([1, -1, -100])),
+        lambda: holder["e"](torch.tensor([3, 12])),
+        lambda: holder["e"](torch.tensor([-3, 0])),
+    ):
+        try:
+            run()
+            said.append("")
+        except IndexError as error:
+            said.append(str(error))
+    holder["loss"](torch.zeros(3, 6), torch.tensor([0, 11, -100]))
+    holder["e"](torch.tensor([[0, 11]]))
+    return said
+
+
+def test_numbers_out_of_range_are_refused_on_every_rank(pools: Pools) -> None:
+    for said in pools(2).run(out_of_range):
+        assert said == [
+            "class number of `target` 12 is outside [0, 12) and not -100, which is ignored.",
+            "class number of `target` -1 is outside [0, 12) and not -100, which is ignored.",
+            "token number for the embedding 'e' 12 is outside [0, 12).",
+            "token number for the embedding 'e' -3 is outside [0, 12).",
+        ]
+
+
+def grad_modes() -> list[bool]:
+    """Whether a sibling without a graph keeps another from its own."""
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        layers = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 4)})
+        partition_module(layers, TEDMesh(TP2), PartitionOptions({"q": "colwise", "k": "colwise"}))
+        x = torch.randn(2, 4, requires_grad=True)
+        with mode():
+            layers["k"](x)
+        layers["q"](x).sum().backward()
+        found.append(x.grad is not None)
+    return found
+
+
+def test_sibling_under_no_grad_does_not_take_the_graph_away(pools: Pools) -> None:
+    assert all(pools(2).run(grad_modes)[0])
+
+
+def one_dimension() -> float:
+    whole, layers = pair(), pair()
+    partition_module(layers, TEDMesh(TP2), PartitionOptions())
+    grads = []
+    for module in (whole, layers):
+        x = torch.arange(8.0).requires_grad_()
+        module["down"](module["up"](x)).square().sum().backward()
+        grads.append(x.grad)
+    return (grads[0] - grads[1]).abs().max().item() / grads[0].abs().max().item()  # type: ignore[operator, union-attr]
+
+
+def test_layers_take_a_single_vector(pools: Pools) -> None:
+    assert max(pools(2).run(one_dimension)) < 1e-6
+
+
+def compiled(sequence: bool) -> float:
+    """Largest difference of the gradients of a feed-forward network that is compiled as one graph."""
+    torch._dynamo.reset()
+    torch.manual_seed(12)
+    model = TinyDecoder(TinyConfig())
+    partition_module(model, TEDMesh(TP2), PartitionOptions(sequence_parallel=sequence))
+    block, x = model.blocks[0].ffn, torch.randn(2, 6, 16)
+    if sequence:  # as it is inside of the stack
+        x, block.gate_proj.region.sequence.length = x[:, :3], 6
+    grads = []
+    for _ in range(2):
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        block(leaf).square().sum().backward()
+        grads.append([leaf.grad, *(parameter.grad for parameter in block.parameters())])
+        block.compile(backend="aot_eager", fullgraph=True)
+    return max((a - b).abs().max().item() for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_cut_layers_can_be_compiled_as_one_graph(pools: Pools, sequence: bool) -> None:
+    assert max(pools(2).run(compiled, sequence)) < 1e-5

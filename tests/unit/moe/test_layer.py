@@ -4,7 +4,9 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lightning_ted.errors import TEDError
 from lightning_ted.moe import MoE, Routing, auxiliary_loss, expert_counts
 from lightning_ted.moe.capacity import expert_capacity, within_capacity
 from lightning_ted.moe.losses import drop_rate
@@ -114,3 +116,46 @@ def test_layer_trains_under_autocast() -> None:
     loss.backward()
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize(("argument", "value"), [("top_k", 1), ("score", "sigmoid"), ("normalize_top_k", False)])
+def test_arguments_that_a_router_of_your_own_would_ignore_are_refused(argument: str, value: object) -> None:
+    with pytest.raises(TEDError, match=f"`{argument}={value!r}` has no effect beside `router="):
+        MoE(8, 16, 4, router=Fixed([[0]], 4), **{argument: value})  # type: ignore[arg-type]
+
+
+def test_router_of_another_number_of_experts_is_refused() -> None:
+    with pytest.raises(TEDError, match="the router Fixed chooses among 8 experts, but `num_experts=4`"):
+        MoE(8, 16, 4, router=Fixed([[0]], 8))(torch.randn(1, 8))
+
+
+def test_layer_that_ran_without_a_graph_has_no_auxiliary_loss_to_train_by() -> None:
+    layer = MoE(8, 16, 4)
+    x = torch.randn(6, 8, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="MoE layer '' ran without gradients"):
+        auxiliary_loss(layer)
+    checkpoint(layer, x, use_reentrant=False)
+    assert auxiliary_loss(layer).requires_grad
+    with torch.no_grad():
+        layer(x)
+        assert auxiliary_loss(layer) > 0
+
+
+def test_second_derivatives_are_refused() -> None:
+    layer, x = MoE(8, 16, 4, activation="gelu"), torch.randn(6, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+@pytest.mark.parametrize("factor", [0.1, 100.0])
+def test_capacity_of_hardly_any_tokens(tokens: int, factor: float) -> None:
+    capped, free = MoE(8, 16, 4, capacity_factor=factor), MoE(8, 16, 4)
+    free.load_state_dict(capped.state_dict())
+    x = torch.randn(tokens, 8, requires_grad=True)
+    # One assignment an expert at least: nothing of one token is dropped.
+    torch.testing.assert_close(capped(x), free(x))
+    capped(x).sum().backward()
+    assert drop_rate(capped)[""] == 0

@@ -1,0 +1,46 @@
+"""Collectives as autograd functions."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_ted.collectives import expert, tensor, tokens
+from lightning_ted.mesh import TEDMesh
+from lightning_ted.topology import Topology
+from tests.support.pool import Pools
+
+
+def second_derivatives() -> list[str]:
+    """What torch says of a double backward through each collective."""
+    axis = TEDMesh(Topology(2, tensor=2)).axis("tensor")
+    weight = torch.ones(4, 4, requires_grad=True)
+    functions = [
+        lambda x: tensor.copy_to_shards(x, axis),
+        lambda x: tensor.sum_shards(x, axis),
+        lambda x: tensor.row_linear(x, weight, axis),
+        lambda x: tensor.gather_features(x, axis),
+        lambda x: tensor.split_features(x, axis),
+        lambda x: tensor.gather_tokens_to_shards(x, 0, [4, 4], axis),
+        lambda x: tensor.sum_shards_to_tokens(x, 0, [2, 2], axis),
+        lambda x: tokens.drop(x, axis),
+        lambda x: tokens.restore(x, 8, axis),
+        lambda x: expert.exchange_rows(x, [2, 2], [2, 2], axis),
+        lambda x: expert.gather_rows_to_shards(x, [4, 4], axis),
+        lambda x: expert.sum_shards_to_rows(x, [2, 2], axis),
+    ]
+    said = []
+    for function in functions:
+        x = torch.randn(4, 4, requires_grad=True)
+        (grad,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+        try:
+            grad.sum().backward()
+            said.append("nothing")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_second_derivatives_are_refused(pools: Pools) -> None:
+    for said in pools(2).run(second_derivatives):
+        assert len(said) == 12
+        assert all("differentiate twice" in text for text in said), said

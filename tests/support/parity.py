@@ -123,9 +123,8 @@ def oracle(config: TinyConfig, data: int, optimizer: str, dtype: torch.dtype) ->
     )
 
 
-def sharded(case: Case) -> Outcome:
+def sharded(case: Case, mesh: TEDMesh) -> Outcome:
     """One rank of the same under a layout, on its share of the batch."""
-    mesh = TEDMesh(case.topology)
     module = build(case.config, case.dtype)
     layouts = partition_module(module, mesh, case.options)
     reducer = GradientReducer(mesh, layouts, 1 if case.mode != "undropped" else case.tensor // case.expert_tensor)
@@ -150,10 +149,10 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-def errors(case: Case) -> dict[str, float]:
+def errors(case: Case, mesh: TEDMesh) -> dict[str, float]:
     """Relative errors of this rank against one process, by what is compared; the worst of each kind is named."""
     torch.set_num_threads(1)
-    got, want = sharded(case), oracle(case.config, case.topology.data, case.optimizer, case.dtype)
+    got, want = sharded(case, mesh), oracle(case.config, case.topology.data, case.optimizer, case.dtype)
     at = case.topology.coordinates(dist.get_rank())
     logits = want.logits.chunk(case.topology.data)[at.data]
     if case.config.vocab_parallel and case.tensor > 1:
@@ -168,5 +167,6 @@ def errors(case: Case) -> dict[str, float]:
 
 
 def run_cases(cases: Sequence[Case]) -> list[dict[str, float]]:
-    """Errors of several cases, on one rank."""
-    return [errors(case) for case in cases]
+    """Errors of several cases, on one rank; those of one topology share their process groups."""
+    meshes = {topology: TEDMesh(topology) for topology in dict.fromkeys(case.topology for case in cases)}
+    return [errors(case, meshes[case.topology]) for case in cases]

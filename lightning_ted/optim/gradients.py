@@ -47,30 +47,24 @@ class _Bucket:
     @classmethod
     def fill(cls, parameters: list[Parameter]) -> _Bucket:
         total = sum(parameter.numel() for parameter in parameters)
-        flat = parameters[0].new_zeros(total + len(parameters))
-        views = cls._views(flat, parameters)
-        present = [
-            (view, p.grad, index)
-            for index, (view, p) in enumerate(zip(views, parameters, strict=True))
-            if p.grad is not None
-        ]
+        flat = parameters[0].new_empty(total + len(parameters))
+        flat[total:] = 1
+        bucket = cls(parameters, flat)
+        views, grads = bucket._views(), [parameter.grad for parameter in parameters]
+        for index in (index for index, grad in enumerate(grads) if grad is None):
+            views[index].zero_()
+            flat[total + index] = 0
+        present = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
         if present:
-            torch._foreach_copy_([view for view, _, _ in present], [grad for _, grad, _ in present])
-            flags = flat[total:]
-            if len(present) == len(parameters):
-                flags.fill_(1)
-            else:
-                flags[[index for _, _, index in present]] = 1
-        return cls(parameters, flat)
+            torch._foreach_copy_([view for view, _ in present], [grad for _, grad in present])
+        return bucket
 
     def hand_out(self, divisor: int) -> None:
         """Make the reduced gradients the parameters' gradients, without a copy."""
         total = sum(parameter.numel() for parameter in self.parameters)
         self.flat[:total].div_(divisor)
         flags: list[float] | None = None
-        for index, (view, parameter) in enumerate(
-            zip(self._views(self.flat, self.parameters), self.parameters, strict=True)
-        ):
+        for index, (view, parameter) in enumerate(zip(self._views(), self.parameters, strict=True)):
             if parameter.grad is None:
                 # Read on the host only where this rank has no gradient: another rank may have one.
                 flags = self.flat[total:].tolist() if flags is None else flags
@@ -78,10 +72,9 @@ class _Bucket:
                     continue
             parameter.grad = view
 
-    @staticmethod
-    def _views(flat: Tensor, parameters: list[Parameter]) -> list[Tensor]:
-        pieces = flat.split([p.numel() for p in parameters] + [len(parameters)])
-        return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=False)]
+    def _views(self) -> list[Tensor]:
+        pieces = self.flat.split([p.numel() for p in self.parameters] + [len(self.parameters)])
+        return [piece.view_as(p) for piece, p in zip(pieces, self.parameters, strict=False)]
 
 
 class GradientReducer:

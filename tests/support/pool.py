@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -260,6 +261,10 @@ def _serve(rank: int, world_size: int, pipe: Connection, store_port: int, stack_
     # Data loaders in here fork: a server per rank, with imports of its own, would take seconds for each of them.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
+    # What torch is about to remove must not be in use, in places that pytest's own filters do not reach.
+    warnings.filterwarnings("error", category=FutureWarning)
+    for lightnings_own in (".*LeafSpec", r"torch\.distributed\.nn\.functional"):
+        warnings.filterwarnings("default", message=lightnings_own, category=FutureWarning)
     for key in [key for key in os.environ if key.startswith(_FOREIGN_LAUNCHERS)]:
         del os.environ[key]
     if sys.platform == "linux":

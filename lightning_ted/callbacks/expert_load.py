@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ted.errors import TEDError
-from lightning_ted.moe import MoE, drop_rate, expert_counts
+from lightning_ted.moe import drop_rate, expert_counts
+from lightning_ted.moe.layer import moe_layers
 
 
 def imbalance(counts_E: Tensor) -> float:
@@ -51,5 +52,7 @@ class ExpertLoadMonitor(Callback):
         if loads:
             pl_module.log_dict({f"expert_load/{name}": load for name, load in loads.items()})
             pl_module.log("expert_load", max(loads.values()), prog_bar=True)
-        if any(isinstance(module, MoE) and module.capacity_factor is not None for module in pl_module.modules()):
-            pl_module.log_dict({f"drop_rate/{name}": rate for name, rate in drop_rate(pl_module).items()})
+        capped = {name for name, layer in moe_layers(pl_module).items() if layer.capacity_factor is not None}
+        if capped:
+            rates = {f"drop_rate/{name}": rate for name, rate in drop_rate(pl_module).items() if name in capped}
+            pl_module.log_dict(rates)

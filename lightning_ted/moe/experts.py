@@ -33,6 +33,8 @@ class Experts(nn.Module):
 
     """
 
+    down_proj_bias: nn.Parameter | None
+
     def __init__(
         self, num_experts: int, d_model: int, d_ff: int, activation: ActivationName = "swiglu", bias: bool = False
     ) -> None:
@@ -79,11 +81,10 @@ class Experts(nn.Module):
         """
         up: Tensor = getattr(self, self.up_name)
         up_bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
-        down_bias: Tensor | None = self.get_parameter("down_proj_bias") if up_bias is not None else None
         groups = Groups(counts_e, rows_ND.shape[0], sizes_e)
         hidden_NH = groups.bias(groups.linear(rows_ND, up), up_bias)
         out_ND = groups.activated_linear(hidden_NH, ACTIVATIONS[self.activation], self.down_proj)
-        return groups.bias(out_ND, down_bias, self.tensor_axis)
+        return groups.bias(out_ND, self.down_proj_bias, self.tensor_axis)
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, d_model={self.d_model}, d_ff={self.d_ff}, activation={self.activation}"
@@ -103,7 +104,7 @@ class Groups:
         rows_NI, weight_eOI = to_autocast(rows_NI), to_autocast(weight_eOI)
         if not self._can_fuse(rows_NI.dtype, weight_eOI):
             return self._one_by_one(rows_NI, weight_eOI)
-        return _ContiguousGrad.apply(_grouped_linear(rows_NI.contiguous(), weight_eOI, self._offsets_e))
+        return _grouped_linear(rows_NI.contiguous(), weight_eOI, self._offsets_e)
 
     def activated_linear(self, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor) -> Tensor:
         """:meth:`linear` of ``activation(hidden)``; of the two, only ``hidden`` is kept for the backward."""
@@ -184,18 +185,6 @@ class _RepeatRows(torch.autograd.Function):
         # Unsafe only in that the lengths are not checked, on the host, to add up.
         sums = torch.segment_reduce(precise.contiguous(), "sum", lengths=counts_e, unsafe=True, initial=0)
         return sums.to(ctx.dtype), None, None, None
-
-
-class _ContiguousGrad(torch.autograd.Function):
-    """The grouped GEMM's gradient refuses expanded tensors, such as that of ``sum()``."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
 
 
 def grouped_gemm_obstacle(dtype: torch.dtype, weight_eOI: Tensor) -> str | None:

@@ -116,15 +116,17 @@ class MoE(nn.Module):
     def _within_capacity(self, routing: Routing, shape: torch.Size, tokens: int) -> Routing:
         if self.capacity_factor is None:
             return routing
-        axes, experts, factor = self.axes, self.num_experts, self.capacity_factor
-        if axes is None or not axes.tokens_are_split:
-            return limit_to_capacity(routing, experts, factor, tokens)
-        if axes.sequence is None:
-            return limit_to_capacity(routing, experts, factor, tokens, tensor=axes.tensor)
-        # Sequence parallelism has split every sequence.
-        return limit_to_capacity(
-            routing, experts, factor, axes.sequence.length, batch=math.prod(shape[:-2]), tensor=axes.tensor
-        )
+        axes, batch = self.axes, 1
+        if axes is not None and axes.sequence is not None:
+            # Sequence parallelism has split every sequence, so they have to be told apart.
+            if len(shape) < 3:
+                raise TEDError(
+                    f"`capacity_factor={self.capacity_factor}` with `sequence_parallel=True` takes [batch, sequence, width], "
+                    f"not {tuple(shape)}; leave the sequences apart, or set `capacity_factor=None`."
+                )
+            tokens, batch = axes.sequence.length, math.prod(shape[:-2])
+        tensor = axes.tensor if axes is not None and axes.tokens_are_split else SINGLE
+        return limit_to_capacity(routing, self.num_experts, self.capacity_factor, tokens, batch, tensor)
 
     def _measure(self, chosen: Routing, routing: Routing, order: Order) -> RoutingStatistics:
         """The statistics of what the router chose, and of what capacity left of it."""

@@ -13,6 +13,11 @@ from lightning_ted.errors import TEDError
 from lightning_ted.moe.routing import Routing
 
 
+def _normalized(scores: Tensor) -> Tensor:
+    """Scores that sum to 1; sigmoid scores may all have vanished."""
+    return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
+
+
 class TopKRouter(nn.Module):
     """Routes every token to its ``top_k`` highest-scoring experts.
 
@@ -64,10 +69,10 @@ class TopKRouter(nn.Module):
                 chosen_TE = scores_TE
             else:
                 chosen_TE = logits_TE.sigmoid()
-                scores_TE = chosen_TE / chosen_TE.sum(-1, keepdim=True)
+                scores_TE = _normalized(chosen_TE)
             weight_TK, expert_TK = chosen_TE.topk(self.top_k, dim=-1)
             if self.normalize_top_k:
-                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+                weight_TK = _normalized(weight_TK)
         return Routing(expert_TK, weight_TK, scores_TE, logits_TE)
 
     def extra_repr(self) -> str:

@@ -1,5 +1,6 @@
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ted.errors import TEDError
+from lightning_ted.mesh import SINGLE
 from lightning_ted.moe import MoE, Routing, auxiliary_loss, expert_counts
+from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.capacity import expert_capacity, within_capacity
 from lightning_ted.moe.losses import drop_rate
 
@@ -159,3 +162,12 @@ def test_capacity_of_hardly_any_tokens(tokens: int, factor: float) -> None:
     torch.testing.assert_close(capped(x), free(x))
     capped(x).sum().backward()
     assert drop_rate(capped)[""] == 0
+
+
+def test_capacity_of_split_sequences_that_are_not_told_apart_is_refused() -> None:
+    layer = MoE(8, 16, 4, capacity_factor=1.0)
+    region = SimpleNamespace(length=3)
+    layer.axes = MoEAxes(SINGLE, SINGLE, SINGLE, SINGLE, SINGLE, sequence=region)  # type: ignore[arg-type]
+    assert layer(torch.randn(2, 3, 8)).shape == (2, 3, 8)
+    with pytest.raises(TEDError, match=r"takes \[batch, sequence, width\], not \(6, 8\)"):
+        layer(torch.randn(6, 8))

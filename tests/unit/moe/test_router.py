@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_ted.moe import TopKRouter
+from lightning_ted.moe import MoE, TopKRouter, auxiliary_loss
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
@@ -41,3 +41,12 @@ def test_impossible_top_k_is_refused(top_k: int) -> None:
 def test_unknown_score_is_refused() -> None:
     with pytest.raises(ValueError, match="`score='tanh'` is unknown"):
         TopKRouter(8, 5, score="tanh")  # type: ignore[arg-type]
+
+
+def test_sigmoid_scores_that_vanish_leave_losses_and_gradients_finite() -> None:
+    layer = MoE(4, 8, 4, score="sigmoid", z_loss_coef=0.1)
+    with torch.no_grad():
+        layer.router.weight.fill_(-100.0)
+    output = layer(torch.ones(3, 4))
+    (output.sum() + auxiliary_loss(layer)).backward()
+    assert output.isfinite().all() and layer.router.weight.grad.isfinite().all()

@@ -44,6 +44,8 @@ class Experts(nn.Module):
         for argument, value in (("num_experts", num_experts), ("d_model", d_model), ("d_ff", d_ff)):
             if not isinstance(value, int) or value < 1:
                 raise TEDError(f"`{argument}={value!r}` must be a positive whole number.")
+        if not isinstance(bias, bool):
+            raise TEDError(f"`bias={bias!r}` must be True or False.")
         self.num_experts = num_experts
         self.d_model = d_model
         self.d_ff = d_ff

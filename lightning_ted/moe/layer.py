@@ -69,13 +69,15 @@ class MoE(nn.Module):
         router: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if capacity_factor is not None and capacity_factor <= 0:
-            raise TEDError(f"`capacity_factor={capacity_factor}` must be positive, or None for dropless routing.")
-        for argument, value, default in (
-            ("top_k", top_k, 2),
-            ("score", score, "softmax"),
-            ("normalize_top_k", normalize_top_k, True),
-        ):
+        if capacity_factor is not None and not (_is_number(capacity_factor) and capacity_factor > 0):
+            raise TEDError(f"`capacity_factor={capacity_factor!r}` must be positive, or None for dropless routing.")
+        for argument, value in (("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)):
+            if not (_is_number(value) and value >= 0):
+                raise TEDError(f"`{argument}={value!r}` must be a number that is not negative.")
+        if router is not None and not isinstance(router, nn.Module):
+            raise TEDError(f"`router={router!r}` must be a module that maps tokens to a `lightning_ted.moe.Routing`.")
+        idle = [("top_k", top_k, 2), ("score", score, "softmax"), ("normalize_top_k", normalize_top_k, True)]
+        for argument, value, default in idle:
             if router is not None and value != default:
                 raise TEDError(
                     f"`{argument}={value!r}` has no effect beside `router={router!r}`; give it to the router."
@@ -93,7 +95,7 @@ class MoE(nn.Module):
         """``[..., d_model] -> [..., d_model]``.
 
         Raises:
-            TEDError: If the router is made for another number of experts.
+            TEDError: If the router returns no :class:`Routing`, or one of another number of experts.
 
         """
         split = SINGLE if self.axes is None or not self.axes.drops else self.axes.tensor
@@ -101,6 +103,11 @@ class MoE(nn.Module):
         length = tokens_TD.shape[0]
         tokens_TD = drop(tokens_TD, split)
         chosen = self.router(tokens_TD)
+        if not isinstance(chosen, Routing):
+            raise TEDError(
+                f"the router {type(self.router).__name__} returns a {type(chosen).__name__}; it has to return a "
+                "`lightning_ted.moe.Routing`."
+            )
         if chosen.logits_TE.shape[-1] != self.num_experts:
             raise TEDError(
                 f"the router {type(self.router).__name__} chooses among {chosen.logits_TE.shape[-1]} experts, but "
@@ -144,6 +151,10 @@ class MoE(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Statistics belong to one forward and carry its graph, which cannot be copied.
         return {**self.__dict__, "statistics": None}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def moe_layers(module: nn.Module) -> dict[str, MoE]:

@@ -43,8 +43,8 @@ class TopKRouter(nn.Module):
         normalize_top_k: bool = True,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise TEDError(f"`top_k={top_k}` must lie between 1 and `num_experts={num_experts}`.")
+        if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
+            raise TEDError(f"`top_k={top_k!r}` must be a whole number from 1 to `num_experts={num_experts}`.")
         if score not in ("softmax", "sigmoid"):
             raise TEDError(f"`score={score!r}` is unknown; choose 'softmax' or 'sigmoid'.")
         self.num_experts = num_experts

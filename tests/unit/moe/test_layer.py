@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 from types import SimpleNamespace
 
@@ -91,10 +92,26 @@ def test_dropped_assignments_contribute_nothing_and_are_counted() -> None:
     assert drop_rate(free)[""].item() == 0
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0])
+@pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf, "1", True])
 def test_impossible_capacity_is_refused(factor: float) -> None:
-    with pytest.raises(ValueError, match="must be positive, or None"):
+    with pytest.raises(TEDError, match=f"`capacity_factor={factor!r}` must be positive, or None"):
         MoE(8, 16, 4, capacity_factor=factor)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("aux_loss_coef", -1.0), ("aux_loss_coef", "x"), ("z_loss_coef", math.nan), ("router", "x"), ("bias", "no")],
+)
+def test_impossible_arguments_are_refused(argument: str, value: object) -> None:
+    with pytest.raises(TEDError, match=f"`{argument}={value!r}` must be"):
+        MoE(8, 16, 4, **{argument: value})  # type: ignore[arg-type]
+
+
+def test_router_that_returns_something_else_is_refused() -> None:
+    with pytest.raises(
+        TEDError, match="the router Linear returns a Tensor; it has to return a `lightning_ted.moe.Routing`"
+    ):
+        MoE(8, 16, 4, router=nn.Linear(8, 4))(torch.randn(2, 8))
 
 
 def test_layer_can_be_copied_and_pickled_after_a_forward() -> None:

@@ -32,9 +32,9 @@ def test_router_computes_in_fp32_under_autocast_and_in_bfloat16() -> None:
     assert router.to(torch.bfloat16)(tokens.bfloat16()).logits_TE.dtype == torch.float32
 
 
-@pytest.mark.parametrize("top_k", [0, 6])
+@pytest.mark.parametrize("top_k", [0, 6, 1.5, "2"])
 def test_impossible_top_k_is_refused(top_k: int) -> None:
-    with pytest.raises(ValueError, match=rf"`top_k={top_k}` must lie between 1 and `num_experts=5`"):
+    with pytest.raises(ValueError, match=rf"`top_k={top_k!r}` must be a whole number from 1 to `num_experts=5`"):
         TopKRouter(8, 5, top_k)
 
 

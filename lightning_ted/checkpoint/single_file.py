@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_ted.collectives.primitives import all_reduce
+from lightning_ted.collectives.primitives import all_extremes
 from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import CheckpointError
 from lightning_ted.layout import ParamLayout
@@ -99,11 +99,10 @@ class SingleFile:
         return layout.part(tensor, index).clone(memory_format=torch.contiguous_format)
 
     def _check_same(self, found: list[str]) -> None:
-        digest = hashlib.blake2b("\n".join(found).encode(), digest_size=8).digest()
-        mine = torch.frombuffer(bytearray(digest), dtype=torch.int64).to(self._device)
-        world = self._mesh.axis("world")
+        # Seven bytes: a whole number of 64 bits whose negative is one, too.
+        digest = int.from_bytes(hashlib.blake2b("\n".join(found).encode(), digest_size=7).digest(), "big")
         # Decided by what every rank has seen, so that all of them raise and none is left waiting.
-        if torch.equal(all_reduce(mine.clone(), world, "max"), all_reduce(mine.clone(), world, "min")):
+        if torch.equal(*all_extremes(torch.tensor([digest], device=self._device), self._mesh.axis("world"))):
             return
         raise CheckpointError(
             "The ranks' checkpoints hold different sharded tensors, so they cannot be joined. HINT: hooks such as "

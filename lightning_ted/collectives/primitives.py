@@ -48,6 +48,16 @@ def start_all_reduce_(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     return _ops.all_reduce_(tensor, op, axis.group_name)
 
 
+def all_extremes(tensor: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Elementwise, the largest and the smallest of every rank's ``tensor``, in one all-reduce.
+
+    Where they are equal, all ranks agree, and all of them know it. The smallest number of an integer type has no negative
+    and must not occur.
+    """
+    highest, negated = all_reduce(torch.stack([tensor, -tensor]), axis, "max").unbind()
+    return highest, -negated
+
+
 def wait(tensor: Tensor) -> Tensor:
     """Wait for a collective that was started on ``tensor``."""
     return _ops.wait_tensor(tensor)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lightning_ted.collectives.primitives import all_reduce_, start_all_reduce_, wait
+from lightning_ted.collectives.primitives import all_extremes, all_reduce_, start_all_reduce_, wait
 from lightning_ted.errors import PlanError
 from lightning_ted.layout import Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
@@ -39,24 +39,37 @@ NamedParameters = Sequence[tuple[str, Parameter]]
 
 @dataclass
 class _Bucket:
-    """Gradients of one family, dtype and device, flat, with one flag for each parameter behind them."""
+    """Gradients of one family, dtype and device, flat, with one flag for each parameter behind them.
+
+    Attributes:
+        parameters: The parameters.
+        flat: Their gradients, then the flags.
+        present: Which of them have a gradient on this rank.
+
+    """
 
     parameters: list[Parameter]
     flat: Tensor
+    present: list[bool]
 
     @classmethod
     def fill(cls, parameters: list[Parameter]) -> _Bucket:
+        """Take over the parameters' gradients; they have none until :meth:`hand_out`."""
         total = sum(parameter.numel() for parameter in parameters)
         flat = parameters[0].new_empty(total + len(parameters))
         flat[total:] = 1
-        bucket = cls(parameters, flat)
-        views, grads = bucket._views(), [parameter.grad for parameter in parameters]
-        for index in (index for index, grad in enumerate(grads) if grad is None):
-            views[index].zero_()
-            flat[total + index] = 0
-        present = [(view, grad) for view, grad in zip(views, grads, strict=True) if grad is not None]
-        if present:
-            torch._foreach_copy_([view for view, _ in present], [grad for _, grad in present])
+        bucket = cls(parameters, flat, [parameter.grad is not None for parameter in parameters])
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for index, (view, parameter) in enumerate(zip(bucket._views(), parameters, strict=True)):
+            if parameter.grad is None:
+                view.zero_()
+                flat[total + index] = 0
+            else:
+                pairs.append((view, parameter.grad))
+                # Freed once it is copied, before the next bucket is filled.
+                parameter.grad = None
+        if pairs:
+            torch._foreach_copy_([view for view, _ in pairs], [grad for _, grad in pairs])
         return bucket
 
     def hand_out(self, divisor: int) -> None:
@@ -65,7 +78,7 @@ class _Bucket:
         self.flat[:total].div_(divisor)
         flags: list[float] | None = None
         for index, (view, parameter) in enumerate(zip(self._views(), self.parameters, strict=True)):
-            if parameter.grad is None:
+            if not self.present[index]:
                 # Read on the host only where this rank has no gradient: another rank may have one.
                 flags = self.flat[total:].tolist() if flags is None else flags
                 if flags[index] == 0:
@@ -143,12 +156,12 @@ class GradientReducer:
         if not pending:
             return
         signatures = torch.stack([_signature(parameter) for _, parameter in pending])
-        largest = torch.stack([_norm(parameter) for _, parameter in replicated]).max().view(1)
-        packed = torch.cat([signatures.flatten(), -signatures.flatten(), largest])
-        packed = all_reduce_(packed, tensor, "max")
-        highest, negated, largest = packed.split([signatures.numel(), signatures.numel(), 1])
-        spread = (highest + negated).view_as(signatures).amax(1)
-        norm = highest.view_as(signatures)[:, -1]
+        settled = [_norm(parameter) for name, parameter in replicated if self._audits[name] >= _PATIENCE]
+        largest = torch.stack([*signatures[:, -1], *settled]).max().view(1)
+        highest, lowest = all_extremes(torch.cat([signatures.flatten(), largest]), tensor)
+        largest = highest[-1]
+        spread = (highest - lowest)[:-1].view_as(signatures).amax(1)
+        norm = highest[:-1].view_as(signatures)[:, -1]
         wrong = spread > REPLICA_TOLERANCE * norm.clamp_min(_NOISE * largest)
         clear = (norm > 0) & (norm >= _NOISE * largest)
         # One decision for the whole world, so that all ranks stop together.

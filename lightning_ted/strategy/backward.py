@@ -57,8 +57,7 @@ class BackwardSync:
             if id(parameter) not in self._summed:
                 continue
             self._summed.discard(id(parameter))
-            layout = self._layouts.get(name)
-            factor = 1.0 if layout is None else self._factors[layout.family]
+            factor = self._factors[self._layouts[name].family]
             if parameter.grad is not None and factor != 1.0:
                 parameter.grad.div_(factor)
 

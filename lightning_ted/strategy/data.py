@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ted.collectives.primitives import all_gather, broadcast_
 from lightning_ted.errors import TEDError
-from lightning_ted.mesh import Axis
+from lightning_ted.mesh import Axis, TEDMesh
 from lightning_ted.strategy._compat import collect_rng_states, pl_worker_init_function, set_rng_states
 
 
@@ -64,24 +64,28 @@ def _restore(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(cuda, device)
 
 
-def check_same_batch(batch: Any, stage: str, tensor_axis: Axis, global_rank: int, device: torch.device) -> None:
-    """Compare a batch with that of the tensor peers.
+def check_same_batch(batch: Any, stage: str, mesh: TEDMesh, device: torch.device) -> None:
+    """Compare a batch with that of the tensor peers; every rank calls it.
 
     Raises:
-        TEDError: On every peer, if they differ.
+        TEDError: On every rank, if any peers' differ.
 
     """
-    if tensor_axis.size == 1:
+    size = mesh.topology.tensor
+    if size == 1:
         return
-    digests = all_gather(_digest(batch).to(device), tensor_axis).cpu()
-    different = [peer for peer in range(tensor_axis.size) if not torch.equal(digests[peer], digests[0])]
+    # Of the whole world, so that all ranks stop together: the others would wait for those that have stopped.
+    digests = all_gather(_digest(batch).to(device), mesh.axis("world")).flatten().tolist()
+    different = []
+    for first in range(0, len(digests), size):
+        peers = [rank for rank in range(first, first + size) if digests[rank] != digests[first]]
+        if peers:
+            different.append(f"rank(s) {', '.join(map(str, peers))} did not get the batch of rank {first}")
     if not different:
         return
-    first = global_rank - tensor_axis.rank
     raise TEDError(
-        f"The first batch of stage '{stage}' differs between tensor-parallel peers: rank(s) "
-        f"{', '.join(str(first + peer) for peer in different)} did not get the batch of rank {first}. All "
-        f"{tensor_axis.size} ranks of a tensor-parallel group must see the same samples. HINT: keep "
+        f"The first batch of stage '{stage}' differs between tensor-parallel peers: {'; '.join(different)}. All "
+        f"{size} ranks of a tensor-parallel group must see the same samples. HINT: keep "
         "`Trainer(use_distributed_sampler=True)`, or build your sampler with "
         "`num_replicas=trainer.strategy.data_parallel_size, rank=trainer.strategy.data_parallel_rank` and not with the "
         "world size and global rank; draw random numbers of a dataset from the global generators, or from one seeded by "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +40,23 @@ def common_seed(mesh: TEDMesh, device: torch.device | None) -> int:
     return int(broadcast_(seed, mesh.axis("world")).item())
 
 
-def materialise(module: nn.Module, name: str, seed: int, device: torch.device | None) -> None:
+def materialise(
+    module: nn.Module,
+    name: str,
+    seed: int,
+    device: torch.device | None,
+    placed: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Initialise the tensors of ``module`` itself, from numbers that depend on nothing but ``seed`` and ``name``.
+
+    Those that have storage already keep their values.
 
     Args:
         module: Its children are not touched.
         name: Its qualified name.
         seed: The same on every rank.
         device: Where the tensors are to live; None for the CPU.
+        placed: Which of them have been placed already, perhaps cut, with the shapes that they had whole.
 
     Raises:
         UnsupportedError: If it has no ``reset_parameters``, or one that leaves a tensor without values.
@@ -59,6 +69,7 @@ def materialise(module: nn.Module, name: str, seed: int, device: torch.device | 
             f"{title} was built without storage (`init_module(empty_init=True)`) and has no "
             "`reset_parameters()` to initialise it; add one, or build it with `empty_init=False`."
         )
+    valued = {leaf: tensor for leaf, tensor in own_tensors(module) if not tensor.is_meta}
     versions: dict[str, int] = {}
     for leaf, tensor in own_tensors(module):
         if not tensor.is_meta:
@@ -69,7 +80,8 @@ def materialise(module: nn.Module, name: str, seed: int, device: torch.device | 
         whole = nn.Parameter(storage, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else storage
         torch.utils.swap_tensors(tensor, whole)
         versions[leaf] = tensor._version
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with _kept(valued, placed or {}), torch.random.fork_rng(devices=cuda):
         torch.manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
         reset()
     for leaf, tensor in own_tensors(module):
@@ -78,6 +90,21 @@ def materialise(module: nn.Module, name: str, seed: int, device: torch.device | 
                 f"'{leaf}' of {title} was built without storage (`init_module(empty_init=True)`), "
                 "and `reset_parameters()` does not write it; initialise it there, or build the module with `empty_init=False`."
             )
+
+
+@contextmanager
+def _kept(tensors: Mapping[str, Tensor], placed: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
+    """Put stand-ins into ``tensors``, so that whoever writes to them leaves their values alone."""
+    values = {leaf: tensor.data for leaf, tensor in tensors.items()}
+    for leaf, tensor in tensors.items():
+        shape = placed.get(leaf, tuple(tensor.shape))
+        # A whole tensor stands in for a part: the bounds and the random numbers of the others depend on its shape.
+        tensor.data = tensor.data.clone() if shape == tuple(tensor.shape) else tensor.data.new_zeros(shape)
+    try:
+        yield
+    finally:
+        for leaf, tensor in tensors.items():
+            tensor.data = values[leaf]
 
 
 def _lacks_values(tensor: Tensor, version: int) -> bool:

@@ -31,12 +31,15 @@ from lightning_ted.moe.router import TopKRouter
 from lightning_ted.strategy.materialise import common_seed, materialise, own_tensors
 from lightning_ted.strategy.sizes import module_styles
 from lightning_ted.tensor_parallel.apply import PlanResult, apply_plan, install_sequences
+from lightning_ted.tensor_parallel.linear import ShardedRegion
 from lightning_ted.tensor_parallel.randomness import RandomStream
 from lightning_ted.tensor_parallel.sequence import SequenceRegion
 from lightning_ted.topology import Topology
 
 _RECORD = "_ted_partition"
 _REBUILD = "Build the module anew, and load a checkpoint into it to keep the weights."
+#: Styles that change nothing in a module, so that another may take its name.
+_MARKS_ONLY = {"replicate", "replicated_with_grad_allreduce"}
 
 Cuts = Mapping[str, tuple[Cut, ...]]
 
@@ -70,6 +73,7 @@ class PartitionRecord:
         partial: Names below which gradients are summed over the tensor axis.
         sequences: Stacks of blocks whose activations are split over tokens.
         styled: What a plan has been applied to, by qualified name.
+        regions: What its column- and row-parallel layers share.
 
     """
 
@@ -81,6 +85,7 @@ class PartitionRecord:
     partial: set[str] = field(default_factory=set)
     sequences: dict[str, SequenceRegion] = field(default_factory=dict)
     styled: dict[str, object] = field(default_factory=dict)
+    regions: list[ShardedRegion] = field(default_factory=list)
 
 
 def mesh_of(module: nn.Module | None) -> TEDMesh | None:
@@ -102,6 +107,13 @@ def mesh_of(module: nn.Module | None) -> TEDMesh | None:
     return record.mesh
 
 
+def close_regions(module: nn.Module) -> None:
+    """End what a step has left open: layers that hang on ``module`` itself, whose forward need not have been called."""
+    record: PartitionRecord | None = module.__dict__.get(_RECORD)
+    for region in [] if record is None else record.regions:
+        region.close()
+
+
 def partition_module(
     module: nn.Module,
     mesh: TEDMesh,
@@ -119,7 +131,7 @@ def partition_module(
         complete: False while the module has layers still to build.
 
     Returns:
-        The layout of every parameter and persistent or other buffer, by qualified name; tied names each have one.
+        The layout of every parameter and buffer, by qualified name; tied names each have one.
 
     Raises:
         PlanError, LayoutError: If the plan does not fit the module.
@@ -137,6 +149,7 @@ def partition_module(
     result = _mark_plan(module, mesh, options, record, complete)
     cuts = result.cuts | _mark_experts(module, mesh, options, record)
     record.partial |= result.partial
+    record.regions += result.regions
     _place_all(module, mesh, record, cuts, device)
     return record.layouts
 
@@ -167,9 +180,9 @@ def _place_all(
         tensor = getattr(child, leaf)
         if tensor.is_meta:
             seed = common_seed(mesh, device) if seed is None else seed
-            materialise(child, name.rpartition(".")[0], seed, device)
+            materialise(child, name.rpartition(".")[0], seed, device, _whole_shapes(child, known))
             tensor = getattr(child, leaf)
-        owner = tensor if isinstance(tensor, nn.Parameter) else child
+        owner = _owner(tensor, child)
         key = _key(owner, name)
         layout, home = known.get(key), homes.setdefault(key, child)
         if layout is None:
@@ -177,9 +190,21 @@ def _place_all(
             _place(tensor, layout, mesh, device)
             known[key] = layout
         elif layout.name in names and (name not in before or _key(owners_before[name], name) != key):
-            _check_tied(name, layout, layout.cuts if home is child else cuts.get(name, ()), record.partial)
+            # Its own style may have been applied in an earlier pass, to the parameter that it had then.
+            earlier = before[name].cuts if name in before else ()
+            _check_tied(name, layout, layout.cuts if home is child else cuts.get(name, earlier), record.partial)
         record.layouts[name] = replace(layout, name=name)
         record.owners[name] = owner
+
+
+def _owner(tensor: Tensor, module: nn.Module) -> object:
+    return tensor if isinstance(tensor, nn.Parameter) else module
+
+
+def _whole_shapes(module: nn.Module, known: Mapping[tuple[int, str], ParamLayout]) -> dict[str, tuple[int, ...]]:
+    """Of a module's own tensors that have been placed, the shapes that they had whole."""
+    keys = {leaf: _key(_owner(tensor, module), leaf) for leaf, tensor in own_tensors(module)}
+    return {leaf: known[key].global_shape for leaf, key in keys.items() if key in known}
 
 
 def _key(owner: object, name: str) -> tuple[int, str]:
@@ -194,17 +219,11 @@ def _mark_plan(
     module: nn.Module, mesh: TEDMesh, options: PartitionOptions, record: PartitionRecord, complete: bool
 ) -> PlanResult:
     styles = module_styles(module, options.plan, complete)
-    for layer in moe_layers(module):
-        for name in styles:
-            if name == layer or name.startswith(_join(layer, "")):
-                raise PlanError(
-                    f"`tensor_parallel_plan` names '{name}', a part of MoE layer '{layer}', which `expert_tensor_parallel_size` "
-                    "cuts; leave it out of the plan."
-                )
     known = {id(target) for target in record.styled.values()}
     targets = {name: _target(module, name) for name in styles}
     for name, target in targets.items():
-        if name in record.styled and id(target) not in known and mesh.topology.tensor > 1:
+        replaced = name in record.styled and id(target) not in known
+        if replaced and styles[name].name not in _MARKS_ONLY and mesh.topology.tensor > 1:
             raise UnsupportedError(
                 f"'{name}' has been replaced after the plan was applied to it (style '{styles[name].name}'). Replace it in "
                 "`__init__` or `configure_model`, or leave it out of the plan."

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Literal
 
 from torch import nn
 
-from lightning_ted.errors import LayoutError
+from lightning_ted.errors import LayoutError, PlanError
 from lightning_ted.moe.layer import MoE, moe_layers
-from lightning_ted.tensor_parallel.apply import check_heads, head_counts
+from lightning_ted.tensor_parallel.check import check_plan, head_counts, planned_cuts
 from lightning_ted.tensor_parallel.plan import Style, collect_plan, expand_plan
 from lightning_ted.topology import RankOrder, Topology, divisors, listed
 
@@ -20,8 +21,21 @@ Size = int | Literal["auto"]
 def module_styles(
     module: nn.Module, plan: Literal["auto"] | Mapping[str, str], complete: bool = True
 ) -> dict[str, Style]:
-    """The plan for a module, its own where ``plan`` is "auto", matched with its names."""
-    return expand_plan(module, collect_plan(module) if plan == "auto" else plan, complete)
+    """The plan for a module, its own where ``plan`` is "auto", matched with its names.
+
+    Raises:
+        PlanError: If a style is unknown, a pattern matches nothing, or it matches a part of an MoE layer.
+
+    """
+    styles = expand_plan(module, collect_plan(module) if plan == "auto" else plan, complete)
+    for layer in moe_layers(module):
+        for name in styles:
+            if f"{name}.".startswith(f"{layer}."):
+                raise PlanError(
+                    f"`tensor_parallel_plan` names '{name}', a part of MoE layer '{layer}', which `expert_tensor_parallel_size` "
+                    "cuts; leave it out of the plan."
+                )
+    return styles
 
 
 def resolve_sizes(
@@ -52,20 +66,16 @@ def resolve_sizes(
         LayoutError, PlanError: If a size does not fit the world or the model.
 
     """
-    layers = {} if module is None else moe_layers(module)
     styles = {} if module is None else module_styles(module, plan, complete)
-    tensor_size = (
-        _largest_tensor(module, styles, math.gcd(world_size, devices_per_node)) if tensor == "auto" else tensor
-    )
-    shard_size = tensor_size if expert_tensor is None else expert_tensor
-    base = Topology(world_size, tensor_size, 1, shard_size, order)
-    experts = math.gcd(*(layer.num_experts for layer in layers.values()))
-    expert_size = math.gcd(experts, base.expert_data) if expert == "auto" else expert
-    topology = Topology(world_size, tensor_size, expert_size if layers or expert != "auto" else 1, shard_size, order)
-    for name, layer in layers.items():
-        _check_layer(name, layer, topology)
-    if module is not None and tensor_size > 1:
-        check_heads(module, styles, tensor_size)
+    if tensor == "auto":
+        largest = _largest_tensor(module, styles, math.gcd(world_size, devices_per_node))
+        for degree in reversed(divisors(largest)[1:]):
+            with suppress(LayoutError):  # the experts may need a smaller one
+                return _topology(module, world_size, degree, expert, expert_tensor, order)
+        tensor = 1
+    topology = _topology(module, world_size, tensor, expert, expert_tensor, order)
+    if module is not None and tensor > 1:
+        check_plan(module, styles, tensor)
     return topology
 
 
@@ -94,10 +104,32 @@ def check_reuse(
         )
 
 
+def _topology(
+    module: nn.Module | None, world_size: int, tensor: int, expert: Size, expert_tensor: int | None, order: RankOrder
+) -> Topology:
+    """The topology of a tensor-parallel degree, checked against the MoE layers."""
+    layers = {} if module is None else moe_layers(module)
+    shard_size = tensor if expert_tensor is None else expert_tensor
+    base = Topology(world_size, tensor, 1, shard_size, order)
+    if expert == "auto":
+        # The gcd of nothing would be 0.
+        expert = math.gcd(base.expert_data, *(layer.num_experts for layer in layers.values())) if layers else 1
+    topology = Topology(world_size, tensor, expert, shard_size, order)
+    for name, layer in layers.items():
+        _check_layer(name, layer, topology)
+    return topology
+
+
 def _largest_tensor(module: nn.Module | None, styles: Mapping[str, Style], limit: int) -> int:
-    """The largest degree that divides ``limit`` and every number of heads; 1 where a plan names no heads."""
-    heads = [] if module is None else list(head_counts(module, styles).values())
-    return math.gcd(limit, *heads) if heads else 1
+    """The largest degree that divides ``limit`` and every number of heads, width and vocabulary that the plan cuts.
+
+    It is 1 where a plan names no heads.
+    """
+    heads = {} if module is None else head_counts(module, styles)
+    if module is None or not heads:
+        return 1
+    widths = [block for _, blocks in planned_cuts(module, styles).values() for block in blocks]
+    return math.gcd(limit, *heads.values(), *widths)
 
 
 def _check_layer(name: str, layer: MoE, topology: Topology) -> None:

@@ -33,10 +33,10 @@ from lightning_ted.strategy.backward import BackwardSync, NamedParameters
 from lightning_ted.strategy.batchnorm import synchronize_layers
 from lightning_ted.strategy.buffers import synchronize_buffers
 from lightning_ted.strategy.hints import add_hint
-from lightning_ted.strategy.partition import PartitionOptions, mesh_of, partition_module
+from lightning_ted.strategy.partition import PartitionOptions, close_regions, mesh_of, partition_module
 from lightning_ted.strategy.precision import with_global_clipping
 from lightning_ted.strategy.ranks import RankedStrategy
-from lightning_ted.strategy.registry import DESCRIPTION, NAME
+from lightning_ted.strategy.registry import NAME
 from lightning_ted.strategy.sizes import check_reuse, module_styles, resolve_sizes
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import RankOrder, Topology
@@ -51,7 +51,7 @@ class TEDStrategy(RankedStrategy):
 
     Arguments:
         tensor_parallel_size: Ranks that share each ordinary layer; ``"auto"`` takes the largest number that divides the
-            attention heads and stays within a node.
+            attention heads and all else that the plan cuts, and stays within a node.
         expert_parallel_size: Ranks that share out the experts of a layer; ``"auto"`` takes the largest legal number.
         expert_tensor_parallel_size: Ranks that share each expert. ``None`` means ``tensor_parallel_size``, as in the paper;
             1 folds the tensor ranks into the expert axis.
@@ -275,13 +275,16 @@ class TEDStrategy(RankedStrategy):
         self._precision_plugin = precision_plugin
 
     def _clip_by_norm(self, parameters: list[Parameter], max_norm: float) -> None:
-        layout_of = {id(parameter): self._layouts.get(name) for name, parameter in self._parameters}
-        pairs = []
-        for parameter in parameters:
-            layout = layout_of.get(id(parameter))
-            if parameter.grad is not None:
-                everywhere = ParamLayout("", tuple(parameter.shape), replication=self.world_size)
-                pairs.append((parameter, layout or everywhere))
+        layout_of = {id(parameter): self._layouts[name] for name, parameter in self._parameters}
+        with_grad = [parameter for parameter in parameters if parameter.grad is not None]
+        for parameter in with_grad:
+            if id(parameter) not in layout_of:
+                raise UnsupportedError(
+                    f"A parameter of shape {tuple(parameter.shape)} cannot be clipped: when training began, it was not one of "
+                    f"`{type(self.lightning_module).__name__}`, so its gradients are not averaged. Make it in `__init__`, "
+                    "`configure_model` or `setup`."
+                )
+        pairs = [(parameter, layout_of[id(parameter)]) for parameter in with_grad]
         clip_by_norm_(pairs, max_norm, self.mesh, self.root_device)
 
     @override
@@ -314,6 +317,13 @@ class TEDStrategy(RankedStrategy):
         with self._sync.blocked():
             yield
 
+    @override
+    def post_training_step(self) -> None:
+        assert self.lightning_module is not None
+        close_regions(self.lightning_module)
+
+    on_validation_end = on_test_end = on_predict_end = post_training_step
+
     # -- data -----------------------------------------------------------------------------------------------------------
 
     @override
@@ -325,7 +335,7 @@ class TEDStrategy(RankedStrategy):
         stage = self._stage()
         if stage not in self._checked_stages:
             self._checked_stages.add(stage)
-            data.check_same_batch(batch, stage, self.mesh.axis("tensor"), self.global_rank, self.root_device)
+            data.check_same_batch(batch, stage, self.mesh, self.root_device)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def _stage(self) -> str:
@@ -335,7 +345,7 @@ class TEDStrategy(RankedStrategy):
 
     def _synchronize_buffers(self) -> None:
         assert self.lightning_module is not None
-        synchronize_buffers(self.lightning_module, self._layouts, self.mesh.axis("data"))
+        synchronize_buffers(self.lightning_module, self._layouts, self.mesh.axis("data"), self.root_device)
 
     on_validation_start = on_test_start = on_predict_start = _synchronize_buffers
 
@@ -385,9 +395,3 @@ class TEDStrategy(RankedStrategy):
             self._lightning_module = None
         super().teardown()
         self._lightning_module = module
-
-    @classmethod
-    @override
-    def register_strategies(cls, strategy_registry: Any) -> None:
-        if NAME not in strategy_registry:
-            strategy_registry.register(NAME, cls, description=DESCRIPTION)

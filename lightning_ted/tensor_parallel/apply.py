@@ -5,32 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ted.errors import PlanError
 from lightning_ted.layout import Cut
 from lightning_ted.mesh import Axis
+from lightning_ted.tensor_parallel.check import check_plan, planned_cuts
 from lightning_ted.tensor_parallel.embedding import VocabParallelEmbedding
 from lightning_ted.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, ShardedRegion
 from lightning_ted.tensor_parallel.loss import VocabParallelCrossEntropyLoss
-from lightning_ted.tensor_parallel.plan import Style
+from lightning_ted.tensor_parallel.plan import COLUMN, ROW, Style
 from lightning_ted.tensor_parallel.randomness import draws_dropout
 from lightning_ted.tensor_parallel.sequence import SequenceRegion
-from lightning_ted.topology import divisors, listed
-
-#: Attributes by which attention modules name a number of heads.
-HEAD_COUNTS = (
-    "num_heads",
-    "num_attention_heads",
-    "n_heads",
-    "n_head",
-    "num_key_value_heads",
-    "num_kv_heads",
-    "n_kv_heads",
-)
-_COLUMN = {"colwise", "packed_colwise", "colwise_gather_output"}
-_ROW = {"rowwise", "rowwise_split_input"}
 
 
 @dataclass
@@ -40,40 +28,13 @@ class PlanResult:
     Attributes:
         cuts: Qualified parameter name to its cuts.
         partial: Parameters and modules whose gradients are to be summed over the tensor axis.
+        regions: What the column- and row-parallel layers share; none outlives a step (:meth:`ShardedRegion.close`).
 
     """
 
     cuts: dict[str, tuple[Cut, ...]] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
-
-
-def head_counts(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, int]:
-    """The numbers of heads that a plan would cut, by qualified attribute name."""
-    counts: dict[str, int] = {}
-    for parent in {
-        name.rpartition(".")[0] for name, style in styles.items() if style.name in _COLUMN - {"colwise_gather_output"}
-    }:
-        module = root.get_submodule(parent)
-        for attribute in HEAD_COUNTS:
-            value = getattr(module, attribute, None)
-            if isinstance(value, int):
-                counts[f"{parent}.{attribute}" if parent else attribute] = value
-    return counts
-
-
-def check_heads(root: nn.Module, styles: Mapping[str, Style], degree: int) -> None:
-    """Refuse a tensor-parallel degree that would cut a head in two.
-
-    Raises:
-        PlanError: Naming the attribute and the legal choices.
-
-    """
-    for name, count in sorted(head_counts(root, styles).items()):
-        if count % degree:
-            raise PlanError(
-                f"`tensor_parallel_size={degree}` does not divide '{name}' = {count}; choose one of {listed(divisors(count))}, or "
-                f"leave that module out of the plan."
-            )
+    regions: list[ShardedRegion] = field(default_factory=list)
 
 
 def find_stacks(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, list[str]]:
@@ -83,8 +44,8 @@ def find_stacks(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, list[
     and a row-parallel layer. Its blocks are the children from the first such one to the last; a list of heads, or of
     embeddings, is no stack.
     """
-    holders = _enclosing(name for name, style in styles.items() if style.name in _COLUMN)
-    holders &= _enclosing(name for name, style in styles.items() if style.name in _ROW)
+    holders = _enclosing(name for name, style in styles.items() if style.name in COLUMN)
+    holders &= _enclosing(name for name, style in styles.items() if style.name in ROW)
     stacks: dict[str, list[str]] = {}
     for name, module in root.named_modules():
         inside = any(f"{name}.".startswith(f"{block}.") for blocks in stacks.values() for block in blocks)
@@ -168,26 +129,69 @@ def apply_plan(
     result = PlanResult()
     if axis.size == 1:
         return result
-    check_heads(root, styles, axis.size)
-    by_parent: dict[str, list[str]] = defaultdict(list)
-    for name in styles:
-        by_parent[name.rpartition(".")[0]].append(name)
-    for parent_name, names in by_parent.items():
-        sequence = next((sequence for sequence in sequences if sequence.contains(parent_name)), None)
-        columns = [name for name in names if styles[name].name in _COLUMN]
-        rows = [name for name in names if styles[name].name in _ROW]
-        random = bool(columns and rows) and draws_dropout(root.get_submodule(parent_name))
-        region = ShardedRegion(axis, sequence, len(columns), random)
+    check_plan(root, styles, axis.size)
+    for parameter, (dim, blocks) in planned_cuts(root, styles).items():
+        result.cuts[parameter] = (Cut(dim, "tensor", axis.size, blocks),)
+    for around, sequence, names in _group_layers(styles, sequences):
+        columns = [name for name in names if styles[name].name in COLUMN]
+        region = ShardedRegion(axis, sequence, len(columns), _draws_between(root.get_submodule(around), names, styles))
         if columns:
-            _owner(root, parent_name).register_forward_hook(region.close, always_call=True)
+            _owner(root, around).register_forward_hook(region.close, always_call=True)
+        result.regions.append(region)
         for name in names:
-            _apply_style(root, name, styles[name], axis, region, result)
+            _swap_linear(root.get_submodule(name), styles[name], region)
+    for name, style in styles.items():
+        if style.name == "vocab_parallel_loss":
+            VocabParallelCrossEntropyLoss.adopt(cast(nn.CrossEntropyLoss, root.get_submodule(name)), axis)
+        elif style.name == "embedding_rowwise":
+            VocabParallelEmbedding.adopt(cast(nn.Embedding, root.get_submodule(name)), axis, name)
+        elif style.name == "replicated_with_grad_allreduce":
+            result.partial.add(name)
     return result
+
+
+def _group_layers(
+    styles: Mapping[str, Style], sequences: Collection[SequenceRegion]
+) -> list[tuple[str, SequenceRegion | None, list[str]]]:
+    """Column- and row-parallel layers that belong together, with the name of the module around them and their stack.
+
+    Column-parallel layers belong with the row-parallel layer nearest to them, in the innermost module that holds both
+    kinds, which need not be the parent of either. Layers of only one kind there are grouped by their parents.
+    """
+    is_column = {name: style.name in COLUMN for name, style in styles.items() if style.name in COLUMN | ROW}
+    around_columns = _enclosing(name for name in is_column if is_column[name])
+    around_rows = _enclosing(name for name in is_column if not is_column[name])
+    near: dict[tuple[str, SequenceRegion | None], list[str]] = defaultdict(list)
+    for name in is_column:
+        parents = _parents(name)
+        others = around_rows if is_column[name] else around_columns
+        sequence = next((sequence for sequence in sequences if sequence.contains(name)), None)
+        near[next((parent for parent in parents if parent in others), parents[0]), sequence].append(name)
+    groups: list[tuple[str, SequenceRegion | None, list[str]]] = []
+    for (around, sequence), names in near.items():
+        by_parent: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            by_parent[_parents(name)[0]].append(name)
+        both_kinds = len({is_column[name] for name in names}) == 2
+        groups += [(around, sequence, names)] if both_kinds else [(p, sequence, n) for p, n in by_parent.items()]
+    return groups
+
+
+def _draws_between(around: nn.Module, names: Collection[str], styles: Mapping[str, Style]) -> bool:
+    """Whether dropout may be drawn on split features, between layers of ``names``."""
+    kinds = {styles[name].name for name in names}
+    return "rowwise" in kinds and not kinds.isdisjoint({"colwise", "packed_colwise"}) and draws_dropout(around)
 
 
 def _enclosing(names: Iterable[str]) -> set[str]:
     """The names of all modules around those of ``names``."""
-    return {".".join(parts[:depth]) for parts in (name.split(".") for name in names) for depth in range(1, len(parts))}
+    return {parent for name in names for parent in _parents(name)}
+
+
+def _parents(name: str) -> list[str]:
+    """The names of the modules around ``name``, the innermost first; the last is the root's, which is empty."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in reversed(range(len(parts)))]
 
 
 def _owner(root: nn.Module, name: str) -> nn.Module:
@@ -202,63 +206,9 @@ def _is_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
 
-def _apply_style(
-    root: nn.Module, name: str, style: Style, axis: Axis, region: ShardedRegion, result: PlanResult
-) -> None:
-    if style.name == "replicate":
-        return
-    if style.name == "replicated_with_grad_allreduce":
-        result.partial.add(name)
-        return
-    try:
-        module = root.get_submodule(name)
-    except AttributeError:
-        raise PlanError(
-            f"'{name}' is a parameter, which the style '{style.name}' does not fit; name its module."
-        ) from None
-    if style.name == "vocab_parallel_loss":
-        _require(module, nn.CrossEntropyLoss, name, style)
-        VocabParallelCrossEntropyLoss.adopt(module, axis)  # type: ignore[arg-type]
-    elif style.name == "embedding_rowwise":
-        weight = _require(module, nn.Embedding, name, style).weight
-        result.cuts[f"{name}.weight"] = (_cut(weight, 0, axis, name),)
-        VocabParallelEmbedding.adopt(module, axis, name)  # type: ignore[arg-type]
-    elif style.name in _COLUMN:
-        linear = _require(module, nn.Linear, name, style)
-        blocks = style.block_lengths(linear.out_features, name)
-        for leaf in ("weight", "bias"):
-            if getattr(linear, leaf) is not None:
-                result.cuts[f"{name}.{leaf}"] = (_cut(getattr(linear, leaf), 0, axis, name, blocks),)
+def _swap_linear(layer: nn.Module, style: Style, region: ShardedRegion) -> None:
+    linear = cast(nn.Linear, layer)
+    if style.name in COLUMN:
         ColumnParallelLinear.adopt(linear, region, gather_output=style.name == "colwise_gather_output")
     else:
-        linear = _require(module, nn.Linear, name, style)
-        result.cuts[f"{name}.weight"] = (_cut(linear.weight, 1, axis, name),)
         RowParallelLinear.adopt(linear, region, split_input=style.name == "rowwise_split_input")
-
-
-def _require(module: nn.Module, kind: type[nn.Module], name: str, style: Style) -> nn.Linear:
-    # nn.CrossEntropyLoss has a buffer of this name.
-    if isinstance(module, kind) and "weight" not in (module._parameters | module._buffers):
-        raise PlanError(
-            f"'{name}' makes its weight from other parameters (weight_norm, spectral_norm or another parametrization), so it "
-            f"cannot be cut by the style '{style.name}'; remove the parametrization, or leave it out of the plan."
-        )
-    if type(module) is not kind:
-        raise PlanError(
-            f"style '{style.name}' of '{name}' fits a torch.nn.{kind.__name__} itself, not a {type(module).__name__}, whose own "
-            f"methods would be lost; leave it out of the plan."
-        )
-    return module  # type: ignore[return-value]
-
-
-def _cut(parameter: Tensor, dim: int, axis: Axis, name: str, blocks: tuple[int, ...] = ()) -> Cut:
-    blocks = blocks or (parameter.shape[dim],)
-    if sum(blocks) != parameter.shape[dim]:
-        raise PlanError(f"the blocks {blocks} of '{name}' do not add up to its {parameter.shape[dim]} output features.")
-    for block in blocks:
-        if block % axis.size:
-            raise PlanError(
-                f"`tensor_parallel_size={axis.size}` does not divide the width {block} of '{name}'; choose one of "
-                f"{listed(divisors(block))}, or leave '{name}' out of the plan."
-            )
-    return Cut(dim, "tensor", axis.size, blocks)

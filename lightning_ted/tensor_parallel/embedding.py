@@ -17,12 +17,12 @@ class VocabParallelEmbedding(nn.Embedding):
     axis: Axis
     name: str
 
-    @classmethod
-    def adopt(cls, embedding: nn.Embedding, axis: Axis, name: str) -> None:
-        """Make ``embedding`` vocabulary-parallel; its weight is cut by the caller.
+    @staticmethod
+    def check(embedding: nn.Embedding, name: str) -> None:
+        """Refuse what needs the whole vocabulary.
 
         Raises:
-            PlanError: For ``max_norm``, ``scale_grad_by_freq`` and ``sparse``, which need the whole vocabulary.
+            PlanError: For ``max_norm``, ``scale_grad_by_freq`` and ``sparse``.
 
         """
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
@@ -31,6 +31,10 @@ class VocabParallelEmbedding(nn.Embedding):
                     f"'{name}' has `{option}={getattr(embedding, option)!r}`, which an embedding_rowwise embedding does not "
                     f"support; leave it out of the plan."
                 )
+
+    @classmethod
+    def adopt(cls, embedding: nn.Embedding, axis: Axis, name: str) -> None:
+        """Make ``embedding``, which has passed :meth:`check`, vocabulary-parallel; its weight is cut by the caller."""
         embedding.__class__ = cls
         embedding.axis, embedding.name = axis, name  # type: ignore[assignment]
         embedding.num_embeddings //= axis.size

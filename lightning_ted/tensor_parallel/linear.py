@@ -100,12 +100,14 @@ class ColumnParallelLinear(nn.Linear):
         linear.out_features //= region.axis.size
 
     def forward(self, input: Tensor) -> Tensor:
-        """``[..., in_features] -> [..., out_features / t]``, or all features where the output is gathered."""
+        """``[..., in_features] -> [..., out_features / t]``, or all features (of split tokens) where the output is gathered."""
         output = F.linear(self.region.enter(input, self.training), self.weight, self.bias)
         if not self.gather_output:
             return output
         self.region.leave()
-        return gather_features(output, self.region.axis)
+        whole = gather_features(output, self.region.axis)
+        # In a stack whose tokens are split, whatever sees whole features sees split tokens.
+        return whole if self.region.sequence is None else self.region.sequence.split(whole)
 
 
 class RowParallelLinear(nn.Linear):

@@ -30,6 +30,10 @@ STYLES: dict[str, str] = {
     "replicate": "whole weights on every rank",
 }
 
+#: Styles of column- and of row-parallel layers.
+COLUMN = {"colwise", "packed_colwise", "colwise_gather_output"}
+ROW = {"rowwise", "rowwise_split_input"}
+
 
 @dataclass(frozen=True)
 class Style:

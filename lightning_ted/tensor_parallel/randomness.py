@@ -5,10 +5,15 @@ Tensor ranks draw from equal generators, the common stream: masks of replicated 
 block that skips itself at random. A stream of a rank's own is in use in two places only: between a column-parallel layer
 and the row-parallel one after it, and, in a sequence-parallel stack, inside each dropout *module*. Both ends of a stream lie
 in one module's forward, so that a forward that is repeated (activation checkpointing) or that raises leaves nothing switched.
+Where the layers hang on the LightningModule itself, whose forward a step need not call, that end is the end of the step: what
+draws after a column-parallel layer that no row-parallel one follows (an auxiliary head) draws this rank's own numbers till
+then, so such a head belongs in a module of its own.
 
 Functional dropout on split tokens draws from the common stream: ranks then drop the same places of different tokens, which
 is unbiased. It takes more numbers on a rank that holds one token more, so each block that uses dropout runs on a stream of
-its own too, equal on all ranks, whose end leaves the common one as it was.
+its own too, equal on all ranks, whose end leaves the common one as it was. Inside a block, though, what is drawn after it
+differs where the shares are uneven: a random choice that all ranks have to make alike has to be drawn before any functional
+dropout of its block, or the block has to use dropout modules, which leave the common stream alike.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from lightning_ted.tensor_parallel.randomness import split_randomness
 class SequenceRegion:
     """A stack of blocks whose hidden states are split along the sequence, dimension -2 of ``[batch, sequence, width]``.
 
-    Column-parallel layers inside gather the tokens, row-parallel layers reduce-scatter them. A length that the axis
+    Column-parallel layers inside gather the tokens, row-parallel layers reduce-scatter them; all else in a block sees split
+    tokens, so the gradients of its weights are partial. A length that the axis
     does not divide is shared out unevenly, so the whole length, which a share does not tell, is kept from the entry of
     the region.
 
@@ -36,6 +37,7 @@ class SequenceRegion:
         self.axis = axis
         self.blocks = list(blocks)
         self.length = 0
+        self._varies = False
         modules[0].register_forward_pre_hook(self._enter, with_kwargs=True)
         modules[-1].register_forward_hook(self._leave)
         for block in modules:
@@ -49,13 +51,14 @@ class SequenceRegion:
         """All tokens, for column-parallel weights."""
         return gather_tokens_to_shards(x, x.dim() - 2, self._sizes(x), self.axis)
 
+    def split(self, x: Tensor) -> Tensor:
+        """This rank's tokens of what is the same on every rank."""
+        return drop(x, self.axis, dim=x.dim() - 2)
+
     def whole(self, x: Tensor) -> Tensor:
-        """All tokens, for what is the same on every rank; unchanged where they are all there already."""
-        tokens = x.shape[-2]
-        if self.length == 1:
-            # The first rank has the one token either way.
-            tokens = int(all_reduce(torch.tensor(tokens, device=x.device), self.axis, "min"))
-        return x if tokens == self.length else restore(x, self.length, self.axis, dim=x.dim() - 2)
+        """All tokens, for what is the same on every rank."""
+        self._sizes(x)
+        return restore(x, self.length, self.axis, dim=x.dim() - 2)
 
     def scatter(self, x: Tensor) -> Tensor:
         """This rank's tokens of the sum of partial results of row-parallel weights."""
@@ -68,8 +71,9 @@ class SequenceRegion:
                 f"`sequence_parallel=True` needs the hidden states [batch, sequence, width] as first positional argument of "
                 f"the blocks of '{self.name}'; pass them so, or set `sequence_parallel=False`."
             )
+        self._varies |= self.length not in (0, hidden.shape[-2])
         self.length = hidden.shape[-2]
-        return (drop(hidden, self.axis, dim=hidden.dim() - 2), *args[1:]), kwargs
+        return (self.split(hidden), *args[1:]), kwargs
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) and output else output
@@ -82,10 +86,23 @@ class SequenceRegion:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _sizes(self, x: Tensor) -> list[int]:
+        """Every rank's tokens; refused if ``x`` has others, which would otherwise hang in the exchange."""
         sizes = shares(self.length, self.axis.size)
-        if x.shape[-2] != sizes[self.axis.rank]:
+        expected = sizes[self.axis.rank]
+        fits = x.shape[-2] == expected
+        if self._varies and _recomputes():
+            # Shares of two lengths may differ on some ranks only; here, where lengths get mixed up, all of them raise.
+            fits = bool(all_reduce(torch.tensor(int(fits), device=x.device), self.axis, "min"))
+        if not fits:
             raise UnsupportedError(
-                f"`sequence_parallel=True`: a column-parallel layer in '{self.name}' received {x.shape[-2]} tokens where "
-                f"{sizes[self.axis.rank]} of {self.length} were expected; the blocks must keep the sequence's length."
+                f"`sequence_parallel=True`: a layer in '{self.name}' received {x.shape[-2]} tokens where {expected} of "
+                f"{self.length} were expected on this or another rank; the blocks must keep the sequence's length. Under "
+                "activation checkpointing, do not run two forwards of different lengths before a backward: call backward "
+                "after each, or pad them to one length."
             )
         return sizes
+
+
+def _recomputes() -> bool:
+    """Whether this forward runs inside a backward pass, as that of a checkpoint does."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from lightning_ted.collectives import expert, tensor, tokens
+from lightning_ted.collectives.primitives import all_extremes
+from lightning_ted.collectives.recorder import CommRecorder
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.topology import Topology
 from tests.support.pool import Pools
@@ -44,3 +47,14 @@ def test_second_derivatives_are_refused(pools: Pools) -> None:
     for said in pools(2).run(second_derivatives):
         assert len(said) == 12
         assert all("differentiate twice" in text for text in said), said
+
+
+def extremes() -> tuple[list[list[int]], int]:
+    mesh = TEDMesh(Topology(2))
+    with mesh.recording(CommRecorder()) as recorder:
+        found = all_extremes(torch.tensor([[-3, 5, 2**55], [4, 5, -(2**55)]][dist.get_rank()]), mesh.axis("world"))
+    return [numbers.tolist() for numbers in found], sum(recorder.calls.values())
+
+
+def test_largest_and_smallest_come_by_one_collective(pools: Pools) -> None:
+    assert pools(2).run(extremes) == [([[4, 5, 2**55], [-3, 5, -(2**55)]], 1)] * 2

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import PlanError, UnsupportedError
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.gradients import GradientReducer
 from lightning_ted.strategy.partition import partition_module
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.pool import Pools
@@ -185,28 +188,66 @@ def test_one_block_may_be_used_for_the_whole_stack(pools: Pools) -> None:
 
 
 class Splitting(Block):
-    tokens = 0
+    """Whole features between its layers, or a row-parallel layer that splits its input's features itself."""
+
+    between = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(x) if self.tokens else x)
+        return x + self.down(self.norm(self.up(x) if self.between else x).tanh())
 
 
-def one_token() -> float:
-    """A row-parallel layer that splits its input's features itself, on whole and on split tokens."""
-    worst = 0.0
-    for gathered in (0, 1):
-        torch.manual_seed(0)
-        model = Stack(Splitting(), Splitting())
-        for block in model.blocks:
-            block.tokens = gathered
-        model.tp_plan = {"blocks.*.up": "colwise_gather_output", "blocks.*.down": "rowwise_split_input"}
-        whole = copy.deepcopy(model)
-        cut(model)
-        for length in (1, 2, 5):
-            x = torch.randn(2, length, 8)
-            worst = max(worst, (model(x) - whole(x)).abs().max().item())
+def whole_features(between: bool, length: int) -> float:
+    """Largest difference of the outputs and gradients from one process."""
+    torch.manual_seed(0)
+    whole = Stack(Splitting(), Splitting())
+    for block in whole.blocks:
+        block.between = between
+    whole.tp_plan = {"blocks.*.up": "colwise_gather_output", "blocks.*.down": "rowwise_split_input"}
+    model, mesh = copy.deepcopy(whole), TEDMesh(TP2)
+    layouts = partition_module(model, mesh, SEQUENCE)
+    x = torch.randn(2, length, 8)
+    outputs = [each(x) for each in (model, whole)]
+    for output in outputs:
+        output.square().sum().backward()
+    GradientReducer(mesh, layouts).reduce(list(model.named_parameters()))
+    worst = (outputs[0] - outputs[1]).abs().max().item()
+    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
+        if theirs.grad is not None and ours.grad is not None:
+            found = gather_whole(ours.grad, layouts[name], mesh)
+            worst = max(worst, (found - theirs.grad).abs().max().item() / theirs.grad.abs().max().item())
     return worst
 
 
-def test_row_parallel_layers_split_whole_and_split_tokens_of_any_number(pools: Pools) -> None:
-    assert max(pools(2).run(one_token)) < 1e-6
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("between", [True, False])
+def test_whole_features_in_a_stack_equal_one_process(pools: Pools, between: bool, length: int) -> None:
+    assert max(pools(2).run(whole_features, between, length)) < 1e-6
+
+
+class Recomputed(Stack):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def mixed_lengths() -> str:
+    model = cut(Recomputed(Block(), Block()))
+    for length in (7, 6):  # one after the other is fine
+        model(torch.ones(2, length, 8, requires_grad=True)).sum().backward()
+    # The second rank has three tokens of either length; it would wait for the first, which has one too many.
+    first, second = (model(torch.ones(2, length, 8, requires_grad=True)) for length in (7, 6))
+    try:
+        (first.sum() + second.sum()).backward()
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_lengths_that_checkpoints_mix_up_are_refused_on_every_rank(pools: Pools) -> None:
+    for message in pools(2).run(mixed_lengths):
+        assert "do not run two forwards of different lengths before a backward" in message

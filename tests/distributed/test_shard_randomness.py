@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_ted.mesh import TEDMesh
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.pool import Pools
+from tests.support.runs import Toy, loader, trainer
 from tests.support.stacks import TP2, Block, Stack, cut
 
 
@@ -242,3 +244,66 @@ def partly_checkpointed() -> bool:
 
 def test_recomputation_of_a_part_of_a_region_leaves_nothing_behind(pools: Pools) -> None:
     assert all(pools(2).run(partly_checkpointed))
+
+
+class Nested(nn.Module):
+    """Its column- and row-parallel layers have different parents, as in BERT and ViT; dropout is between them."""
+
+    tp_plan = {"self.query": "colwise", "self.key": "colwise", "output.dense": "rowwise"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self = nn.ModuleDict({"query": nn.Linear(8, 8), "key": nn.Linear(8, 8), "dropout": nn.Dropout(0.5)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(8, 8)})
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> list[list[bool]]:
+        y = self.self["query"](x) + self.self["key"](x)
+        split = self.self["dropout"](torch.ones_like(y))
+        whole = self.dropout(torch.ones_like(self.output["dense"](y)))
+        return [(mask == 0).flatten().tolist() for mask in (split, whole)]
+
+
+def nested_masks() -> tuple[list[list[bool]], float]:
+    masks = cut(Nested(), PartitionOptions())(torch.ones(4, 8))
+    return masks, torch.rand(()).item()
+
+
+def test_dropout_differs_on_shards_between_layers_of_different_parents(pools: Pools) -> None:
+    ((split, whole), after), ((other_split, other_whole), other_after) = pools(2).run(nested_masks)
+    assert split != other_split
+    assert whole == other_whole and after == other_after, "the row-parallel layer ends it"
+
+
+class Direct(Toy):
+    """Layers that hang on the LightningModule itself, whose forward no step calls; the first one's output is a loss."""
+
+    tp_plan = {"up": "colwise", "gate": "colwise", "down": "rowwise"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = (nn.Linear(8, 8) for _ in range(3))
+        self.dropout = nn.Dropout(0.5)
+        self.inputs: list[weakref.ref[Tensor]] = []
+        self.numbers: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = self.net(batch[0]).expand(-1, 8) * 1
+        self.inputs.append(weakref.ref(x))
+        return self.up(x).square().mean()  # returns early: neither its sibling nor the row-parallel layer is called
+
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        self.numbers.append(torch.rand(()).item())
+
+
+def left_open() -> tuple[list[float], int]:
+    module, run = Direct(), trainer("tp2", max_epochs=1, limit_train_batches=2)
+    torch.manual_seed(3)
+    run.fit(module, loader())
+    return [*module.numbers, torch.rand(()).item()], sum(ref() is not None for ref in module.inputs)
+
+
+def test_a_step_that_returns_early_leaves_nothing_switched_or_kept(pools: Pools) -> None:
+    (first, kept), (second, other_kept) = pools(2).run(left_open)
+    assert first == second, "the common stream is in use again"
+    assert kept == other_kept == 0, "no input and no graph is kept"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lightning_ted.collectives.recorder import CommRecorder
 from lightning_ted.errors import PlanError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim import gradients
 from lightning_ted.optim.gradients import GradientReducer
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
 from lightning_ted.topology import Topology
@@ -84,6 +86,22 @@ def test_a_different_gradient_is_named(pools: Pools, name: str) -> None:
 @pytest.mark.parametrize("scale", [1e-7, 1e-6])
 def test_rounding_is_no_difference(pools: Pools, scale: float) -> None:
     assert [message for message, *_ in pools(2).run(_reduce, "large", scale)] == [""] * 2
+
+
+def _norms_by_step(steps: int) -> list[int]:
+    module, reducer, _ = _reducer()
+    found = []
+    for _ in range(steps):
+        for name, parameter in module.items():
+            parameter.grad = None if name == "tiny" else torch.ones_like(parameter)
+        with mock.patch.object(gradients, "_norm", wraps=gradients._norm) as norm:
+            reducer.reduce(list(module.named_parameters()))
+        found.append(norm.call_count)
+    return found
+
+
+def test_the_norm_of_a_parameter_is_taken_once(pools: Pools) -> None:
+    assert pools(2).run(_norms_by_step, 3) == [[len(SIZES) - 2] * 3] * 2
 
 
 def _calls_by_step(steps: int) -> list[int]:

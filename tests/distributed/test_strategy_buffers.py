@@ -73,6 +73,39 @@ def test_whole_buffers_of_equal_size_travel_in_one_broadcast(pools: Pools) -> No
     assert calls[("broadcast", "data")] == 1
 
 
+class _Differing(nn.Module):
+    """Buffers that only some ranks have, or have in the same number of bytes only."""
+
+    def __init__(self, rank: int, agreeing: bool) -> None:
+        super().__init__()
+        self.register_buffer("dtype", torch.full((2,), float(rank)).to([torch.float32, torch.int32][rank]))
+        self.register_buffer("shape", torch.full(((2, 3), (3, 2))[rank], float(rank)))
+        self.register_buffer("on_rank_0", torch.zeros(2) if rank == 0 else None)
+        self.register_buffer("on_rank_1", torch.ones(2) if rank == 1 else None)
+        self.register_buffer("nowhere", None)
+        if agreeing:
+            self.register_buffer("same", torch.full((2,), rank))
+
+
+def _synchronise_differing(agreeing: bool) -> tuple[dict[str, Any], dict[Any, int]]:
+    module, mesh = _Differing(dist.get_rank(), agreeing), TEDMesh(Topology(2))
+    layouts = {name: ParamLayout(name, (2,)) for name in module._buffers}
+    with mesh.recording(CommRecorder()) as recorder:
+        synchronize_buffers(module, layouts, mesh.axis("data"))
+    return {name: buffer.flatten()[0].item() for name, buffer in module.named_buffers()}, dict(recorder.calls)
+
+
+def test_buffers_of_other_kinds_or_ranks_are_left_alone(pools: Pools) -> None:
+    values, calls = pools(2).run(_synchronise_differing, True)[1]
+    assert values == {"dtype": 1, "shape": 1.0, "on_rank_1": 1.0, "same": 0}
+    assert calls == {("all_reduce", "data"): 1, ("broadcast", "data"): 1}
+
+
+def test_nothing_is_sent_where_no_buffer_agrees(pools: Pools) -> None:
+    values, calls = pools(2).run(_synchronise_differing, False)[1]
+    assert set(values.values()) == {1} and calls == {("all_reduce", "data"): 1}
+
+
 def _without_buffers() -> dict[Any, int]:
     mesh = TEDMesh(Topology(2))
     with mesh.recording(CommRecorder()) as recorder:

@@ -79,10 +79,10 @@ def test_augmentation_is_equal_inside_a_tensor_group(pools: Pools, workers: int,
         assert first[0] != first[2]
 
 
-def _unequal_batches() -> str:
+def _unequal_batches(different: list[int]) -> str:
     run = trainer("tp2", use_distributed_sampler=False)
     data = Numbered()
-    data.x += dist.get_rank()
+    data.x += dist.get_rank() if dist.get_rank() in different else 0
     try:
         run.fit(Toy(), DataLoader(data, batch_size=4))
     except TEDError as error:
@@ -91,10 +91,15 @@ def _unequal_batches() -> str:
 
 
 def test_tensor_peers_with_different_batches_are_reported(pools: Pools) -> None:
-    messages = pools(4).run(_unequal_batches)
+    messages = pools(4).run(_unequal_batches, [0, 1, 2, 3])
     assert "stage 'train'" in messages[0] and "rank(s) 1 did not get the batch of rank 0" in messages[1]
     assert "rank(s) 3 did not get the batch of rank 2" in messages[2]
     assert "HINT" in messages[3]
+
+
+def test_peers_with_equal_batches_stop_with_those_that_differ(pools: Pools) -> None:
+    for message in pools(4).run(_unequal_batches, [3]):
+        assert "peers: rank(s) 3 did not get the batch of rank 2. All 2 ranks" in message
 
 
 def _predictions() -> tuple[list[int], bool]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
 from lightning_ted.collectives.recorder import CommRecorder
+from lightning_ted.layout import ParamLayout
+from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.gradients import GradientReducer
+from lightning_ted.topology import Topology
 from tests.support.pool import Pools
 from tests.support.runs import Toy, assert_close, assert_same_everywhere, loader, trainer, whole_weights
 
@@ -173,6 +178,38 @@ def test_accumulation_sums_gradients_once(pools: Pools) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Alive(CommRecorder):
+    """Counts, at each collective, the gradients of before that are still in memory."""
+
+    def __init__(self, gradients: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._gradients = [weakref.ref(gradient) for gradient in gradients]
+        self.alive: list[int] = []
+
+    def note(self, kind: str, axis: str, sent: int) -> None:
+        super().note(kind, axis, sent)
+        self.alive.append(sum(gradient() is not None for gradient in self._gradients))
+
+
+def _buckets_in_memory() -> tuple[list[int], list[float], bool]:
+    mesh = TEDMesh(Topology(2, expert=2))
+    named = [
+        (str(i), torch.nn.Parameter(torch.ones(4, dtype=dtype)))
+        for i, dtype in enumerate((torch.float32, torch.float64))
+    ]
+    named.append(("unused", torch.nn.Parameter(torch.ones(4))))
+    for _, parameter in named[:2]:
+        parameter.grad = torch.full_like(parameter, float(torch.distributed.get_rank()))
+    reducer = GradientReducer(mesh, {name: ParamLayout(name, (4,)) for name, _ in named})
+    with mesh.recording(_Alive([parameter.grad for _, parameter in named[:2]])) as recorder:  # type: ignore[misc]
+        reducer.reduce(named)
+    return recorder.alive, [p.grad[0].item() for _, p in named[:2]], named[2][1].grad is None  # type: ignore[index]
+
+
+def test_gradients_are_freed_as_their_buckets_are_filled(pools: Pools) -> None:
+    assert pools(2).run(_buckets_in_memory) == [([1, 0], [0.5, 0.5], True)] * 2
 
 
 class _HalfFrozen(Toy):

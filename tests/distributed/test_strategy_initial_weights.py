@@ -10,8 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import UnsupportedError
+from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe import MoE
+from lightning_ted.strategy.partition import PartitionOptions, partition_module
+from lightning_ted.topology import Topology
 from tests.support.pool import Pools
 from tests.support.runs import Toy, assert_same_everywhere, loader, trainer, whole_weights
 
@@ -72,6 +76,35 @@ def _train_without_storage() -> dict[str, Tensor]:
 
 def test_a_model_that_was_built_without_storage_trains(pools: Pools) -> None:
     assert_same_everywhere(pools(4).run(_train_without_storage))
+
+
+class _TiedVocabulary(nn.Module):
+    tp_plan = {"emb": "embedding_rowwise", "head": "colwise"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.head = nn.Embedding(12, 8), nn.Linear(8, 12)
+        self.head.weight = self.emb.weight
+
+
+def _tied_without_storage(tensor: int, late: bool) -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    mesh = TEDMesh(Topology(dist.get_world_size(), tensor))
+    with torch.device("cpu" if late else "meta"):
+        model = _TiedVocabulary()
+    if late:
+        partition_module(model, mesh, PartitionOptions())
+        model.head.bias = nn.Parameter(torch.empty(12, device="meta"))
+    layouts = partition_module(model, mesh, PartitionOptions())
+    return {name: gather_whole(p.detach(), layouts[name], mesh) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["all without storage", "a bias without storage later"])
+def test_a_part_keeps_its_values_when_another_tensor_of_its_module_gets_storage(pools: Pools, late: bool) -> None:
+    results = pools(2).run(_tied_without_storage, 2, late)
+    assert_same_everywhere([*results, *pools(1).run(_tied_without_storage, 1, late)])
+    weight = results[0]["emb.weight"]
+    assert weight.std() > 0.5 and not torch.equal(weight[:6], weight[6:])
 
 
 class _Forgets(nn.Module):

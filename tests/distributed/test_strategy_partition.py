@@ -95,6 +95,30 @@ def test_a_replaced_parameter_is_taken_as_a_part_or_cut_by_its_shape(pools: Pool
         )
 
 
+class _MarksOnly(Toy):
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        self.part = nn.Linear(8, 8)
+        self.tp_plan = {"net.head": "replicate", "part": "replicated_with_grad_allreduce"}
+
+    def setup(self, stage: str) -> None:
+        torch.manual_seed(100 + dist.get_rank())
+        self.net.head, self.part = nn.Linear(8, 1), nn.Linear(8, 8)
+
+
+def _replaced_marked() -> tuple[dict[str, Tensor], list[str]]:
+    run = trainer("tp2", max_steps=1)
+    run.fit(_MarksOnly(), loader())
+    layouts = run.strategy.layouts  # type: ignore[attr-defined]
+    return whole_weights(run), [layouts[name].family for name in ("net.head.weight", "part.weight")]
+
+
+def test_a_layer_that_its_style_leaves_as_it_is_may_be_replaced(pools: Pools) -> None:
+    results = pools(2).run(_replaced_marked)
+    assert_same_everywhere([weights for weights, _ in results])
+    assert all(families == ["dense", "partial"] for _, families in results)
+
+
 def _renamed() -> bool:
     mesh = TEDMesh(Topology(2, 2))
     outer = nn.ModuleDict({"net": Net()})
@@ -146,8 +170,9 @@ class _Tied(nn.Module):
         self.embedding, self.norm = nn.Embedding(12, 8), nn.LayerNorm(8)
         self.head, self.tail = nn.Linear(8, 12, bias=False), nn.Linear(8, 8)
         self.tp_plan = {"blocks.*.0": "colwise", "blocks.*.2": "rowwise"}
-        if kind == "head":
-            self.head.weight = self.embedding.weight
+        if kind in ("head", "tied later"):
+            if kind == "head":
+                self.head.weight = self.embedding.weight
             self.tp_plan |= {"embedding": "embedding_rowwise", "head": "colwise"}
         elif kind == "parameter":
             self.norm.weight = self.blocks[0][1].weight  # type: ignore[assignment]
@@ -189,6 +214,21 @@ def test_a_tied_parameter_is_refused_by_both_names_unless_they_agree(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _tied_later(other: str) -> tuple[str, list[tuple[int, ...]]]:
+    mesh, module = TEDMesh(Topology(2, 2)), _Tied("tied later")
+    module.tp_plan["head"] = other
+    partition_module(module, mesh, PartitionOptions())
+    module.head.weight = module.embedding.weight
+    message = _message(lambda: partition_module(module, mesh, PartitionOptions()))
+    return message, [tuple(layer.weight.shape) for layer in (module.embedding, module.head)]
+
+
+def test_parts_may_be_tied_after_they_were_cut_if_both_styles_agree(pools: Pools) -> None:
+    assert pools(2).run(_tied_later, "colwise") == [("", [(6, 8), (6, 8)])] * 2
+    for message, _ in pools(2).run(_tied_later, "replicate"):
+        assert "'embedding.weight' and 'head.weight' are one tied parameter" in message
 
 
 def _pickled() -> tuple[str, str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,6 +27,23 @@ OPTIMIZER_STATES = "optimizer_states"
 
 #: What becomes of one tensor that is cut: where it stands in the checkpoint, the tensor, its layout.
 Visit = Callable[[str, Tensor, ParamLayout], Tensor]
+
+
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Name the file where reading it fails.
+
+    Raises:
+        CheckpointError: If the file is empty, truncated or no checkpoint.
+
+    """
+    try:
+        yield
+    except (EOFError, UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(
+            f"'{path}' cannot be read as a checkpoint ({str(error).splitlines()[0] if str(error) else 'it is empty'}). It may be "
+            "truncated, damaged or something else; use an older one."
+        ) from error
 
 
 class SingleFile:

@@ -71,9 +71,9 @@ class MoE(nn.Module):
         super().__init__()
         if capacity_factor is not None and not (_is_number(capacity_factor) and capacity_factor > 0):
             raise TEDError(f"`capacity_factor={capacity_factor!r}` must be positive, or None for dropless routing.")
-        for argument, value in (("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)):
-            if not (_is_number(value) and value >= 0):
-                raise TEDError(f"`{argument}={value!r}` must be a number that is not negative.")
+        for argument, coefficient in (("aux_loss_coef", aux_loss_coef), ("z_loss_coef", z_loss_coef)):
+            if not (_is_number(coefficient) and coefficient >= 0):
+                raise TEDError(f"`{argument}={coefficient!r}` must be a number that is not negative.")
         if router is not None and not isinstance(router, nn.Module):
             raise TEDError(f"`router={router!r}` must be a module that maps tokens to a `lightning_ted.moe.Routing`.")
         idle = [("top_k", top_k, 2), ("score", score, "softmax"), ("normalize_top_k", normalize_top_k, True)]

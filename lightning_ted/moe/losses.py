@@ -71,7 +71,8 @@ def auxiliary_loss(module: nn.Module) -> Tensor:
     The load-balancing loss is ``E * sum_e f_e * p_e`` (Switch Transformer, arXiv 2101.03961, eq. 4; ``f`` the share of
     the assignments, ``p`` the mean score): 1 when the load is even, for every ``top_k``. The z-loss is the mean of
     ``logsumexp(logits)^2`` (ST-MoE, arXiv 2202.08906, eq. 5). Both are taken over the micro-batch of all ranks: value
-    and gradient do not depend on the layout. Every rank has to call it, once a forward.
+    and gradient do not depend on the layout. Of a layer that runs twice in a forward, the last run counts. Every rank has
+    to call it, once a forward.
 
     Raises:
         RuntimeError: If ``module`` has no MoE layer, or one that has not run yet, or that ran without a graph although its

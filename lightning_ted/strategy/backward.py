@@ -15,11 +15,26 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
+from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import Family, ParamLayout
-from lightning_ted.optim.gradients import GradientReducer
+from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.gradients import FAMILY_AXES, GradientReducer
+from lightning_ted.strategy.partition import PartitionOptions
 
 NamedParameters = list[tuple[str, Parameter]]
+
+
+def make_backward_sync(mesh: TEDMesh, layouts: dict[str, ParamLayout], options: PartitionOptions) -> BackwardSync:
+    """The :class:`BackwardSync` of a module that has been cut with ``options``."""
+    top = mesh.topology
+    # Undropped, every tensor rank sends all tokens: each reaches an expert once for every one that is no shard of it.
+    dropped = options.duplicate_token_dropping or options.sequence_parallel
+    duplicates = 1 if dropped else top.tensor // top.expert_tensor
+    factors: dict[Family, float] = {family: top.size(axis) / top.data for family, axis in FAMILY_AXES.items()}
+    factors["expert"] /= duplicates
+    return BackwardSync(GradientReducer(mesh, layouts, duplicates), layouts, factors)
 
 
 class BackwardSync:
@@ -60,6 +75,22 @@ class BackwardSync:
             factor = self._factors[self._layouts[name].family]
             if parameter.grad is not None and factor != 1.0:
                 parameter.grad.div_(factor)
+
+    def require_summed(self, optimizer: Optimizer) -> None:
+        """To be called before a step.
+
+        Raises:
+            UnsupportedError: If ``optimizer`` is about to step a gradient that did not come through here.
+
+        """
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        foreign = sum(parameter.grad is not None and id(parameter) not in self._summed for parameter in parameters)
+        if foreign:
+            raise UnsupportedError(
+                f"`{type(optimizer).__name__}` is about to step {foreign} parameters whose gradients have not been averaged over "
+                "the ranks. In manual optimization, call `self.manual_backward(loss)`, not `loss.backward()`, and let the last "
+                "pass before a step synchronise (`toggle_model(sync_grad=True)`)."
+            )
 
     def after_backward(self, parameters: NamedParameters) -> None:
         """To be called after the pass, with the same ``parameters``: sums, unless blocked."""

@@ -65,22 +65,24 @@ def _restore(state: dict[str, Any], device: torch.device) -> None:
 
 
 def check_same_batch(batch: Any, stage: str, mesh: TEDMesh, device: torch.device) -> None:
-    """Compare a batch with that of the tensor peers; every rank calls it.
+    """Compare a batch with that of the tensor peers.
 
     Raises:
-        TEDError: On every rank, if any peers' differ.
+        TEDError: If they differ; in training on every rank of the world, otherwise on these peers.
 
     """
     size = mesh.topology.tensor
     if size == 1:
         return
-    # Of the whole world, so that all ranks stop together: the others would wait for those that have stopped.
-    digests = all_gather(_digest(batch).to(device), mesh.axis("world")).flatten().tolist()
+    # In training over the whole world, so that all ranks stop together. In an evaluation a data rank may have no batch.
+    axis = mesh.axis("world" if stage == "train" else "tensor")
+    digests = all_gather(_digest(batch).to(device), axis).flatten().tolist()
+    start = mesh.rank - axis.rank
     different = []
     for first in range(0, len(digests), size):
-        peers = [rank for rank in range(first, first + size) if digests[rank] != digests[first]]
+        peers = [start + peer for peer in range(first, first + size) if digests[peer] != digests[first]]
         if peers:
-            different.append(f"rank(s) {', '.join(map(str, peers))} did not get the batch of rank {first}")
+            different.append(f"rank(s) {', '.join(map(str, peers))} did not get the batch of rank {start + first}")
     if not different:
         return
     raise TEDError(

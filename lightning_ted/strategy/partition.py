@@ -270,7 +270,8 @@ def _mark_experts(
                 sequence=next((region for region in record.sequences.values() if region.contains(name)), None),
             )
             if layer.axes.tokens_are_split:
-                record.partial.add(_join(name, "router"))
+                every_name = (n for n, other in module.named_modules(remove_duplicate=False) if other is layer)
+                record.partial |= {_join(n, "router") for n in every_name}
                 if type(layer.router) is not TopKRouter:
                     # A router that draws noise draws it for tokens that no other rank has.
                     RandomStream.of_rank(layer.axes.tensor).surround(layer.router)

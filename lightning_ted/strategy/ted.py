@@ -20,16 +20,16 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile
+from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile, reading
 from lightning_ted.errors import UnsupportedError
-from lightning_ted.layout import Family, ParamLayout
+from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe.layer import moe_layers
 from lightning_ted.optim.clip import clip_by_norm_
-from lightning_ted.optim.gradients import FAMILY_AXES, GradientReducer
 from lightning_ted.strategy import _compat, checks, data, metrics
 from lightning_ted.strategy._compat import is_overridden
-from lightning_ted.strategy.backward import BackwardSync, NamedParameters
+from lightning_ted.strategy.arguments import check_arguments
+from lightning_ted.strategy.backward import BackwardSync, NamedParameters, make_backward_sync
 from lightning_ted.strategy.batchnorm import synchronize_layers
 from lightning_ted.strategy.buffers import synchronize_buffers
 from lightning_ted.strategy.hints import add_hint
@@ -90,6 +90,7 @@ class TEDStrategy(RankedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = _compat.default_pg_timeout,
     ) -> None:
+        check_arguments(locals())
         if sequence_parallel and not duplicate_token_dropping:
             raise UnsupportedError(
                 "`sequence_parallel=True` splits the tokens before the experts, which leaves no duplicates to keep: "
@@ -227,7 +228,7 @@ class TEDStrategy(RankedStrategy):
         self._partition(module)  # what a `setup` hook has added
         metrics.synchronize_over_data(module, self.mesh.axis("data"))
         self._parameters = list(module.named_parameters())
-        self._sync = self._make_sync()
+        self._sync = make_backward_sync(self.mesh, self._layouts, self._options)
         self._checked_stages.clear()
         self.barrier("setup")
         styles = self._refuse_idle_sizes(module, self.topology)
@@ -301,14 +302,12 @@ class TEDStrategy(RankedStrategy):
         self.post_backward(closure_loss)
         return closure_loss
 
-    def _make_sync(self) -> BackwardSync:
-        top, options = self.topology, self._options
-        # Undropped, every tensor rank sends all tokens: each reaches an expert once for every one that is no shard of it.
-        dropped = options.duplicate_token_dropping or options.sequence_parallel
-        duplicates = 1 if dropped else top.tensor // top.expert_tensor
-        factors: dict[Family, float] = {family: top.size(axis) / top.data for family, axis in FAMILY_AXES.items()}
-        factors["expert"] /= duplicates
-        return BackwardSync(GradientReducer(self.mesh, self._layouts, duplicates), self._layouts, factors)
+    @override
+    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None and self._sync is not None
+        if not self.lightning_module.automatic_optimization and self.world_size > 1:
+            self._sync.require_summed(optimizer)
+        return super().optimizer_step(optimizer, *args, **kwargs)
 
     @contextmanager
     @override
@@ -365,9 +364,9 @@ class TEDStrategy(RankedStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        return self._single_file().cut(
-            super().load_checkpoint(checkpoint_path, **_compat.reading_options(weights_only))
-        )
+        with reading(checkpoint_path):
+            checkpoint = super().load_checkpoint(checkpoint_path, **_compat.reading_options(weights_only))
+        return self._single_file().cut(checkpoint)
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

@@ -87,6 +87,12 @@ def test_variant_trains_like_one_process(pools: Pools, variant: str, mode: str) 
     check(pools, [Case(4, 2, 2, etp, mode=mode, config=config, dtype=torch.float64) for etp in (1, 2)], 1e-12)
 
 
+@pytest.mark.parametrize("mode", ["dtd", "undropped"])
+def test_block_that_is_used_twice_trains_like_one_process(pools: Pools, mode: str) -> None:
+    config = TinyConfig(shared=True)
+    check(pools, [Case(4, 2, 2, etp, mode=mode, config=config, dtype=torch.float64) for etp in (1, 2)], 1e-12)
+
+
 @pytest.mark.parametrize("mode", ["dtd", "undropped", "sequence"])
 @pytest.mark.parametrize("factor", [0.4, 1.0, 9.0])
 def test_capacity_drops_the_same_assignments_on_every_tensor_layout(pools: Pools, factor: float, mode: str) -> None:

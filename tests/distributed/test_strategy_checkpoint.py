@@ -190,3 +190,20 @@ def test_precision_state_keeps_its_key(precision: str) -> None:
     plain, ted = Trainer(**options).precision_plugin, Trainer(strategy="ted", **options).precision_plugin
     assert type(ted).__qualname__ == type(plain).__qualname__
     assert isinstance(ted, type(plain))
+
+
+def _read_damaged(path: str) -> str:
+    try:
+        trainer("tp2").test(Toy(), loader(), ckpt_path=path, verbose=False)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kept", [0, 100, 3000])
+def test_a_damaged_file_is_named(pools: Pools, tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "damaged.ckpt"
+    torch.save({"state_dict": Toy().state_dict()}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    for message in pools(2).run(_read_damaged, str(path)):
+        assert f"'{path}' cannot be read as a checkpoint" in message

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_ted.collectives.recorder import CommRecorder
+from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.gradients import GradientReducer
@@ -157,6 +158,37 @@ def test_manual_optimization_equals_ddp(pools: Pools, layout: str, kind: str) ->
     assert {result[1] for result in results} == {steps}
     assert_same_everywhere([result[0] for result in results])
     assert_close(results[0][0], expected)
+
+
+class _BypassesTheStrategy(Toy):
+    def __init__(self, how: str) -> None:
+        super().__init__("sgd")
+        self.automatic_optimization = False
+        self.how = how
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        if self.how == "backward":
+            self._loss(batch).backward()
+        else:
+            with optimizer.toggle_model(sync_grad=False):
+                self.manual_backward(self._loss(batch))
+        optimizer.step()
+
+
+def _fit_bypassing(how: str) -> str:
+    try:
+        trainer("tp2").fit(_BypassesTheStrategy(how), loader())
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("how", ["backward", "blocked"])
+def test_gradients_that_were_not_averaged_are_not_stepped(pools: Pools, how: str) -> None:
+    for message in pools(2).run(_fit_bypassing, how):
+        assert "whose gradients have not been averaged" in message and "self.manual_backward(loss)" in message
 
 
 def _gradient_calls(accumulate: int) -> dict[Any, int]:

@@ -29,6 +29,7 @@ class TinyConfig:
     packed: bool = False
     tied: bool = False
     dropout: float = 0.0
+    shared: bool = False
 
 
 class TinyAttention(nn.Module):
@@ -106,6 +107,8 @@ class TinyDecoder(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab, config.width)
         self.blocks = nn.ModuleList([TinyBlock(config, moe=False), TinyBlock(config, moe=True)])
+        if config.shared:
+            self.blocks.append(self.blocks[1])
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, config.vocab, bias=False)
         self.loss = nn.CrossEntropyLoss()

@@ -1,0 +1,67 @@
+"""Of which kinds the constructor's arguments are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+
+from lightning_ted.errors import UnsupportedError
+
+
+def _one_of(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: value is None or isinstance(value, kinds)
+
+
+def _is_plan(value: Any) -> bool:
+    entries = value.items() if isinstance(value, Mapping) else ()
+    return value == "auto" or (
+        isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in entries)
+    )
+
+
+def _is_backend(value: Any) -> bool:
+    known = dist.Backend.backend_list
+    return value is None or (
+        isinstance(value, str) and all(part.split(":")[-1].lower() in known for part in value.split(","))
+    )
+
+
+_LEFT_TO_THE_TRAINER = "; it is usually left to the Trainer"
+#: What the constructor's other arguments than sizes may be.
+_ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "sequence_parallel": (lambda value: isinstance(value, bool), "True or False"),
+    "duplicate_token_dropping": (lambda value: isinstance(value, bool), "True or False"),
+    "tensor_parallel_plan": (_is_plan, "'auto' or a dict of name pattern to style"),
+    "accelerator": (_one_of(Accelerator), f"an Accelerator or None{_LEFT_TO_THE_TRAINER}"),
+    "parallel_devices": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(v, torch.device) for v in value)),
+        f"a list of torch.device or None{_LEFT_TO_THE_TRAINER}",
+    ),
+    "cluster_environment": (_one_of(ClusterEnvironment), f"a ClusterEnvironment or None{_LEFT_TO_THE_TRAINER}"),
+    "checkpoint_io": (_one_of(CheckpointIO), "a CheckpointIO or None"),
+    "precision_plugin": (_one_of(Precision), f"a Precision plugin or None{_LEFT_TO_THE_TRAINER}"),
+    "process_group_backend": (_is_backend, "a backend of torch.distributed or None"),
+    "timeout": (
+        lambda value: value is None or (isinstance(value, timedelta) and value > timedelta(0)),
+        "a timedelta longer than zero or None",
+    ),
+}
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """See that the constructor's arguments are of their kinds; sizes are checked with the world that they divide.
+
+    Raises:
+        UnsupportedError: Naming the first that is not.
+
+    """
+    for name, (fits, what) in _ARGUMENTS.items():
+        if not fits(arguments[name]):
+            raise UnsupportedError(f"`{name}={arguments[name]!r}` must be {what}.")

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.moe.layer import moe_layers
+from lightning_ted.optim.elementwise import is_elementwise
 from lightning_ted.strategy._compat import AVERAGING_CALLBACKS, is_overridden
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import Topology
@@ -170,7 +171,7 @@ def check_optimizers(
                 if name in layouts and layouts[name].cuts:
                     cut = name
         if cut is not None:
-            _check_elementwise(kind, cut)
+            _check_elementwise(optimizer, cut)
 
 
 def _replacement(
@@ -190,19 +191,23 @@ def _replacement(
     return replacement
 
 
-def _check_elementwise(kind: type[Optimizer], name: str) -> None:
+def _check_elementwise(optimizer: Optimizer, name: str) -> None:
     """``name``: a parameter of which each rank holds a part."""
+    kind = type(optimizer)
     mixing = [base.__name__ for base in kind.__mro__ if base.__name__ in _NOT_ELEMENTWISE]
-    if mixing:
-        what = f"`{kind.__name__}`" + ("" if kind.__name__ in mixing else f" (a `{mixing[0]}`)")
+    own = kind.__module__.startswith("torch.optim")
+    tried = True if own or mixing else is_elementwise(optimizer)
+    if mixing or tried is False:
+        what = f"`{kind.__name__}`" + ("" if not mixing or kind.__name__ in mixing else f" (a `{mixing[0]}`)")
         raise UnsupportedError(
             f"{what} cannot step '{name}', of which each rank holds a part: its update mixes the elements of "
             "a parameter. Use an elementwise optimizer, such as `AdamW` or `SGD`."
         )
-    if not kind.__module__.startswith("torch.optim"):
+    if tried is None:
         rank_zero_warn(
-            f"`{kind.__module__}.{kind.__name__}` steps '{name}' and others of which each rank holds a part. Its update has to be "
-            "elementwise, as those of `AdamW` and `SGD` are: norms and factorisations would be of the part only."
+            f"`{kind.__module__}.{kind.__name__}` steps '{name}' and others of which each rank holds a part, and could not be "
+            "tried out. Its update has to be elementwise, as those of `AdamW` and `SGD` are: norms and factorisations would be "
+            "of the part only."
         )
 
 

@@ -115,6 +115,18 @@ class _MySGD(torch.optim.SGD):
     pass
 
 
+class _ByNorm(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.grad.div_(parameter.grad.norm())
+        return super().step(closure)
+
+
+class _WantsMore(torch.optim.SGD):
+    def __init__(self, params: Any, secret: object) -> None:
+        super().__init__(params, lr=0.1)
+
+
 def _check(optimizer: torch.optim.Optimizer, model: BoringModel, cut: bool = True) -> None:
     parameters = dict(model.named_parameters())
     layouts = {name: ParamLayout(name, tuple(p.shape)) for name, p in parameters.items()}
@@ -134,14 +146,18 @@ def test_optimizers_that_mix_elements_are_refused_with_their_subclasses(kind: An
     _check(_Mine(model.parameters()), model, cut=False)
 
 
-def test_an_optimizer_from_elsewhere_is_warned_of_once_and_only_where_parts_are_stepped() -> None:
+def test_an_optimizer_from_elsewhere_is_tried_and_only_where_parts_are_stepped() -> None:
     model = BoringModel()
-    with pytest.warns(UserWarning, match=r"_MySGD` steps 'layer.weight' .* elementwise") as caught:
-        _check(_MySGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(UnsupportedError, match=r"`_ByNorm` cannot step 'layer.weight'"):
+        _check(_ByNorm(model.parameters(), lr=0.1), model)
+    with pytest.warns(UserWarning, match=r"_WantsMore` steps 'layer.weight' .* elementwise") as caught:
+        _check(_WantsMore(model.parameters(), secret=object()), model)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _check(_MySGD(model.parameters(), lr=0.1), model, cut=False)
+        _check(_WantsMore(model.parameters(), secret=object()), model, cut=False)
+        _check(_ByNorm(model.parameters(), lr=0.1), model, cut=False)
+        _check(_MySGD(model.parameters(), lr=0.1), model)
         _check(torch.optim.AdamW(model.parameters()), model)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ted.collectives.whole import gather_whole
+from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.clip import global_grad_norm
 from lightning_ted.optim.gradients import GradientReducer
@@ -49,9 +49,13 @@ class Case:
         return f"w{self.world}-tp{self.tensor}-ep{self.expert}-etp{self.expert_tensor}-{self.order}-{self.mode}"
 
 
+#: A part's place in the whole, and its squared error relative to the norm of the whole.
+Part = tuple[tuple[tuple[str, int], ...], float]
+
+
 @dataclass
 class Outcome:
-    """What is compared; gradients and weights by name, whole."""
+    """What is compared; gradients and weights by name: whole ones of one process, parts of a rank."""
 
     logits: Tensor
     losses: list[float]
@@ -88,9 +92,8 @@ def train(
     optimizer: torch.optim.Optimizer,
     reduce: Callable[[], None],
     norm: Callable[[], float],
-    whole: Callable[[str, Tensor], Tensor],
 ) -> Outcome:
-    """Train; ``whole`` makes the full tensor of a name from this rank's part."""
+    """Train, and keep what is compared."""
     outcome = Outcome(torch.empty(0), [], [], {})
     for step, tokens in enumerate(data):
         optimizer.zero_grad()
@@ -103,9 +106,9 @@ def train(
             outcome.logits = logits.detach()
             for name, parameter in module.named_parameters():
                 assert parameter.grad is not None, f"{name} has no gradient"
-                outcome.grads[name] = whole(name, parameter.grad)
+                outcome.grads[name] = parameter.grad.clone()
         optimizer.step()
-    outcome.weights = {name: whole(name, parameter.detach()) for name, parameter in module.named_parameters()}
+    outcome.weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     return outcome
 
 
@@ -119,12 +122,11 @@ def oracle(config: TinyConfig, data: int, optimizer: str, dtype: torch.dtype) ->
         make_optimizer(optimizer, module),
         reduce=lambda: None,
         norm=lambda: torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]).item(),  # type: ignore[misc]
-        whole=lambda name, tensor: tensor.clone(),
     )
 
 
-def sharded(case: Case, mesh: TEDMesh) -> Outcome:
-    """One rank of the same under a layout, on its share of the batch."""
+def sharded(case: Case, mesh: TEDMesh) -> tuple[Outcome, dict[str, ParamLayout]]:
+    """One rank of the same under a layout, on its share of the batch; and how the layout cuts."""
     module = build(case.config, case.dtype)
     layouts = partition_module(module, mesh, case.options)
     reducer = GradientReducer(mesh, layouts, 1 if case.mode != "undropped" else case.tensor // case.expert_tensor)
@@ -134,14 +136,31 @@ def sharded(case: Case, mesh: TEDMesh) -> Outcome:
     def norm() -> float:
         return global_grad_norm([(p.grad, layouts[n]) for n, p in module.named_parameters()], mesh).item()  # type: ignore[misc]
 
-    return train(
+    outcome = train(
         module,
         data,
         make_optimizer(case.optimizer, module),
         reduce=lambda: reducer.reduce(list(module.named_parameters())),
         norm=norm,
-        whole=lambda name, tensor: gather_whole(tensor, layouts[name], mesh),
     )
+    return outcome, layouts
+
+
+def part_error(got: Tensor, whole: Tensor, layout: ParamLayout, mesh: TEDMesh) -> Part:
+    """The error of this rank's part of ``whole``."""
+    index: dict[str, int] = {cut.axis: mesh.axis(cut.axis).rank for cut in layout.cuts}
+    part = layout.part(whole, index)
+    assert got.shape == part.shape, f"{layout.name}: {tuple(got.shape)} for {tuple(part.shape)}"
+    error = (got - part).norm() / whole.norm().clamp_min(1e-30)
+    return tuple(sorted(index.items())), error.item() ** 2
+
+
+def whole_error(ranks: Sequence[Part]) -> float:
+    """The relative error of a tensor from its parts; of replicas, the worst one counts."""
+    worst: dict[object, float] = {}
+    for place, square in ranks:
+        worst[place] = max(worst.get(place, 0.0), square) if square == square else square  # a NaN stays
+    return sum(worst.values()) ** 0.5
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -149,24 +168,25 @@ def relative(got: Tensor, want: Tensor) -> float:
     return ((got - want).norm() / want.norm().clamp_min(1e-30)).item()
 
 
-def errors(case: Case, mesh: TEDMesh) -> dict[str, float]:
-    """Relative errors of this rank against one process, by what is compared; the worst of each kind is named."""
+def errors(case: Case, mesh: TEDMesh) -> dict[str, Part]:
+    """Errors of this rank against one process, by what is compared."""
     torch.set_num_threads(1)
-    got, want = sharded(case, mesh), oracle(case.config, case.topology.data, case.optimizer, case.dtype)
+    got, layouts = sharded(case, mesh)
+    want = oracle(case.config, case.topology.data, case.optimizer, case.dtype)
     at = case.topology.coordinates(dist.get_rank())
     logits = want.logits.chunk(case.topology.data)[at.data]
     if case.config.vocab_parallel and case.tensor > 1:
         logits = logits.chunk(case.tensor, -1)[at.tensor]
-    found = {"logits": relative(got.logits, logits)}
+    found: dict[str, Part] = {"logits": ((), relative(got.logits, logits) ** 2)}
     for kind, ours, theirs in (("grad", got.grads, want.grads), ("weight", got.weights, want.weights)):
         for name in theirs:
-            found[f"{kind} {name}"] = relative(ours[name], theirs[name])
+            found[f"{kind} {name}"] = part_error(ours[name], theirs[name], layouts[name], mesh)
     for step, (ours, theirs) in enumerate(zip(got.norms, want.norms, strict=True)):
-        found[f"norm {step}"] = abs(ours - theirs) / theirs
+        found[f"norm {step}"] = ((), ((ours - theirs) / theirs) ** 2)
     return found
 
 
-def run_cases(cases: Sequence[Case]) -> list[dict[str, float]]:
+def run_cases(cases: Sequence[Case]) -> list[dict[str, Part]]:
     """Errors of several cases, on one rank; those of one topology share their process groups."""
     meshes = {topology: TEDMesh(topology) for topology in dict.fromkeys(case.topology for case in cases)}
     return [errors(case, meshes[case.topology]) for case in cases]

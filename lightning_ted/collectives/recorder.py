@@ -24,8 +24,3 @@ class CommRecorder:
         """Add one collective that sent ``sent`` bytes."""
         self.calls[kind, axis] += 1
         self.bytes[kind, axis] += sent
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes sent, all kinds and axes together."""
-        return sum(self.bytes.values())

@@ -27,7 +27,7 @@ from lightning_ted.tensor_parallel.sequence import SequenceRegion
 
 
 class ShardedRegion:
-    """What the column- and row-parallel layers of one parent share: their input, and random numbers of their own.
+    """What column- and row-parallel layers that belong together share: their input, and random numbers of their own.
 
     Column-parallel siblings that read the same tensor (query, key, value; gate, up) hand it over once, so their
     gradients for it are added before the one all-reduce; with sequence parallelism it is gathered once, too. Between

@@ -20,9 +20,8 @@ class SequenceRegion:
     """A stack of blocks whose hidden states are split along the sequence, dimension -2 of ``[batch, sequence, width]``.
 
     Column-parallel layers inside gather the tokens, row-parallel layers reduce-scatter them; all else in a block sees split
-    tokens, so the gradients of its weights are partial. A length that the axis
-    does not divide is shared out unevenly, so the whole length, which a share does not tell, is kept from the entry of
-    the region.
+    tokens, so the gradients of its weights are partial. A length that the axis does not divide is shared out unevenly, so
+    the whole length, which a share does not tell, is kept from the entry of the region.
 
     Attributes:
         name: Qualified name of the stack, an nn.ModuleList or nn.Sequential.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -94,6 +94,7 @@ class TEDMesh:
         self._device_type = device_type
         self._timeout = timeout
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._gradient_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._world = _current_world()
         if self._world is not None:
             self._groups[topology.group("world", self.rank)] = self._world
@@ -103,6 +104,21 @@ class TEDMesh:
     def axis(self, name: AxisName) -> Axis:
         """This rank's group on one axis."""
         return self._axes[name]
+
+    def gradient_axis(self, name: AxisName) -> Axis:
+        """The same ranks as :meth:`axis`, for reductions that run beside the exchange of tokens.
+
+        One process group makes its collectives one after the other, so a group that tokens are exchanged in is not used for
+        gradients, too. Every rank has to ask for the same axes in the same order, because that may make process groups.
+        """
+        axis = self._axes[name]
+        for_tokens = {self.topology.group(used, self.rank) for used in ("tensor", "expert", "expert_tensor")}
+        ranks = self.topology.group(name, self.rank)
+        if axis.size == 1 or ranks not in for_tokens:
+            return axis
+        if ranks not in self._gradient_groups:
+            self._gradient_groups[ranks] = self._new_group(ranks)
+        return replace(axis, group=self._gradient_groups[ranks])
 
     @property
     def is_alive(self) -> bool:
@@ -149,12 +165,13 @@ class TEDMesh:
 
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         if ranks not in self._groups:
-            # Only the members meet to make a group: a world-wide round for each of the world's groups would take
-            # thousands of rounds on a large machine.
-            self._groups[ranks] = dist.new_group(
-                list(ranks), timeout=self._timeout, use_local_synchronization=True, group_desc="ted"
-            )
+            self._groups[ranks] = self._new_group(ranks)
         return self._groups[ranks]
+
+    def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        # Only the members meet to make a group: a world-wide round for each of the world's groups would take
+        # thousands of rounds on a large machine.
+        return dist.new_group(list(ranks), timeout=self._timeout, use_local_synchronization=True, group_desc="ted")
 
     def _device_mesh(self, key: str, ranks: torch.Tensor, axes: tuple[AxisName, ...]) -> DeviceMesh:
         if key not in self._meshes:

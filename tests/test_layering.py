@@ -240,7 +240,7 @@ def test_the_search_leaves_the_rest_alone(source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("optim/clip.py", "from lightning_ted.moe import MoE"),
+        ("optim/norm.py", "from lightning_ted.moe import MoE"),
         ("callbacks/monitor.py", "def f():\n    from lightning_ted.strategy.ted import TEDStrategy"),
         ("moe/layer.py", "import lightning_ted.strategy"),
         ("moe/layer.py", "from ..strategy import ted"),

@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_ted.checkpoint.optimizer_state import Join, gather_state
 from lightning_ted.collectives.primitives import all_extremes
 from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import CheckpointError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.sharded import ShardedOptimizer
 
 OPTIMIZER_STATES = "optimizer_states"
 
@@ -70,13 +73,21 @@ class SingleFile:
         self._layout_of = {id(tensor): layouts[name] for name, tensor in named if name in layouts}
         self._by_name = {name: self._layout_of.get(id(tensor)) for name, tensor in named}
 
-    def joined(self, checkpoint: dict[str, Any], optimizers: Sequence[Optimizer], keep: bool) -> dict[str, Any]:
+    def joined(
+        self,
+        checkpoint: dict[str, Any],
+        optimizers: Sequence[Optimizer],
+        keep: bool,
+        master_of: Callable[[Tensor], Tensor | None] = lambda _: None,
+    ) -> dict[str, Any]:
         """The checkpoint with full tensors. A collective: every rank calls it.
 
         Args:
             checkpoint: This rank's checkpoint, which is not changed.
             optimizers: The optimizers whose states it holds, in order.
             keep: Whether this rank wants the result (the one that writes); others get an incomplete one.
+            master_of: This rank's part of the master weights for a tensor that is a working weight, else None. May be a
+                collective.
 
         Raises:
             CheckpointError: On every rank, if the ranks' checkpoints have different keys.
@@ -92,26 +103,64 @@ class SingleFile:
         def join(path: str, tensor: Tensor, layout: ParamLayout) -> Tensor:
             if tuple(tensor.shape) != layout.local_shape:
                 return tensor
-            full = gather_whole(tensor.detach().to(self._device), layout, self._mesh)
-            return full.cpu() if keep else tensor
+            master = master_of(tensor)
+            return self._join(tensor if master is None else master, layout, keep)
 
-        self._visit(checkpoint, optimizers, note)
+        self._visit(checkpoint, note)
         self._check_same(found)
-        return self._visit(checkpoint, optimizers, join)
+        result = self._visit(checkpoint, join)
+        if OPTIMIZER_STATES in checkpoint:
+            result[OPTIMIZER_STATES] = [
+                gather_state(optimizer, state, self._join_state(keep), keep)
+                if isinstance(optimizer, ShardedOptimizer)
+                else state
+                for state, optimizer in zip(checkpoint[OPTIMIZER_STATES], optimizers, strict=True)
+            ]
+        return result
+
+    def _join(self, tensor: Tensor, layout: ParamLayout, keep: bool) -> Tensor:
+        if not layout.cuts:
+            # A file would hold all of the memory that a view looks at.
+            shares = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+            return tensor.clone() if keep and shares else tensor
+        full = gather_whole(tensor.detach().to(self._device), layout, self._mesh)
+        return full.cpu() if keep else tensor
+
+    def _join_state(self, keep: bool) -> Join:
+        def join(parameter: Parameter, part: Tensor) -> Tensor | None:
+            full = self._join(part, self._layout_of[id(parameter)], keep)
+            return full.cpu() if keep else None
+
+        return join
 
     def cut(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint as read from a file with this rank's parts, but for the optimizers' states.
 
         Those are cut by :meth:`cut_optimizer_state`, once the optimizers are there.
         """
-        return self._visit(checkpoint, (), lambda _, tensor, layout: self._cut(tensor, layout))
+        return self._visit(checkpoint, lambda _, tensor, layout: self._cut(tensor, layout))
 
     def cut_optimizer_state(self, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         """One optimizer's state with this rank's parts."""
-        return self._visit_optimizer("", state, optimizer, lambda _, tensor, layout: self._cut(tensor, layout))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        indices = [index for group in state.get("param_groups", []) for index in group["params"]]
+        layouts = {
+            index: self._layout_of.get(id(parameter)) for index, parameter in zip(indices, parameters, strict=False)
+        }
+        result: dict[Any, Any] = {}
+        for index, entries in state.get("state", {}).items():
+            layout = layouts.get(index)
+            if layout is None or not layout.cuts or not isinstance(entries, dict):
+                result[index] = entries
+                continue
+            result[index] = {
+                name: self._cut(entry, layout) if isinstance(entry, Tensor) else entry
+                for name, entry in entries.items()
+            }
+        return {**state, "state": result} if "state" in state else state
 
     def _cut(self, tensor: Tensor, layout: ParamLayout) -> Tensor:
-        if tuple(tensor.shape) != layout.global_shape:
+        if not layout.cuts or tuple(tensor.shape) != layout.global_shape:
             return tensor
         index: dict[str, int] = {cut.axis: self._mesh.axis(cut.axis).rank for cut in layout.cuts}
         # A copy, as a view would keep the full tensor in memory.
@@ -130,23 +179,18 @@ class SingleFile:
             + (", ..." if len(found) > 8 else "")
         )
 
-    def _visit(self, checkpoint: dict[str, Any], optimizers: Sequence[Optimizer], visit: Visit) -> dict[str, Any]:
+    def _visit(self, checkpoint: dict[str, Any], visit: Visit) -> dict[str, Any]:
+        """All but the optimizers' states."""
         result = copy.copy(checkpoint)
         for key, value in checkpoint.items():
             if key != OPTIMIZER_STATES:
                 result[key] = self._visit_value(str(key), key, value, visit)
-        states = checkpoint.get(OPTIMIZER_STATES)
-        if optimizers and states:
-            result[OPTIMIZER_STATES] = [
-                self._visit_optimizer(f"{OPTIMIZER_STATES}.{i}", state, optimizer, visit)
-                for i, (state, optimizer) in enumerate(zip(states, optimizers, strict=True))
-            ]
         return result
 
     def _visit_value(self, path: str, key: object, value: Any, visit: Visit) -> Any:
         if isinstance(value, Tensor):
             layout = self._find(key) if isinstance(key, str) else None
-            return value if layout is None or not layout.cuts else visit(path, value, layout)
+            return value if layout is None else visit(path, value, layout)
         if isinstance(value, dict):
             pairs = list(value.items())
         elif type(value) is list:
@@ -161,24 +205,6 @@ class SingleFile:
         for k, item in changed.items():
             result[k] = item
         return result
-
-    def _visit_optimizer(self, path: str, state: dict[str, Any], optimizer: Optimizer, visit: Visit) -> dict[str, Any]:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        indices = [index for group in state.get("param_groups", []) for index in group["params"]]
-        layouts = {
-            index: self._layout_of.get(id(parameter)) for index, parameter in zip(indices, parameters, strict=False)
-        }
-        result: dict[Any, Any] = {}
-        for index, entries in state.get("state", {}).items():
-            layout = layouts.get(index)
-            if layout is None or not layout.cuts or not isinstance(entries, dict):
-                result[index] = entries
-                continue
-            result[index] = {
-                name: visit(f"{path}.{index}.{name}", entry, layout) if isinstance(entry, Tensor) else entry
-                for name, entry in entries.items()
-            }
-        return {**state, "state": result} if "state" in state else state
 
     def _find(self, key: str) -> ParamLayout | None:
         """The layout for a key that is a qualified name, or ends in one; the longest name wins.

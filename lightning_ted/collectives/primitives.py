@@ -99,9 +99,47 @@ def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tenso
     mine = sizes[axis.rank]
     _note(axis, "reduce_scatter", _bytes(rows) * (rows.shape[0] - mine) // max(rows.shape[0], 1))
     parts = _exchange(rows.contiguous(), [mine] * axis.size, list(sizes), axis).view(axis.size, mine, *rows.shape[1:])
-    if axis.size == 2:
-        return parts[0] + parts[1]
-    return parts.sum(0, dtype=torch.float32 if rows.dtype.itemsize == 2 else None).to(rows.dtype)
+    return _sum_parts(parts)
+
+
+def start_reduce_scatter(flat: Tensor, axis: Axis) -> Tensor:
+    """The sum over ranks of this rank's share of ``flat`` (``[size * n]``), on its way.
+
+    Neither ``flat`` nor what is returned may be touched before :func:`finish_reduce_scatter`. Sent as
+    :func:`reduce_scatter_rows` is, but on devices whose backend has a reduce-scatter of its own.
+    """
+    _note(axis, "reduce_scatter", _bytes(flat) * (axis.size - 1) // axis.size)
+    if flat.is_cuda:
+        return _ops.reduce_scatter_tensor(flat, "sum", axis.size, axis.group_name)
+    share = [flat.numel() // axis.size] * axis.size
+    return _ops.all_to_all_single(flat, share, share, axis.group_name)
+
+
+def finish_reduce_scatter(pending: Tensor, out: Tensor, axis: Axis) -> None:
+    """Wait for what :func:`start_reduce_scatter` returned, and write the sum to ``out`` (``[n]``)."""
+    received = wait(pending)
+    if received.numel() == out.numel():
+        out.copy_(received)
+    else:
+        _sum_parts(received.view(axis.size, out.numel()), out)
+
+
+def start_all_gather_(flat: Tensor, axis: Axis) -> Tensor:
+    """Fill in the other ranks' shares of ``flat`` (``[size * n]``); call :func:`wait` on what is returned."""
+    share = flat.numel() // axis.size
+    _note(axis, "all_gather", share * flat.element_size() * (axis.size - 1))
+    own = flat[axis.rank * share : (axis.rank + 1) * share]
+    return _ops.all_gather_into_tensor_out(own, axis.size, axis.group_name, out=flat)
+
+
+def _sum_parts(parts: Tensor, out: Tensor | None = None) -> Tensor:
+    """``[size, ...] -> [...]``, in rank order, 16-bit numbers in 32 bits."""
+    if parts.shape[0] == 2:
+        return torch.add(parts[0], parts[1], out=out)
+    if parts.dtype.itemsize > 2:
+        return torch.sum(parts, 0, out=out)
+    total = parts.sum(0, dtype=torch.float32)
+    return total.to(parts.dtype) if out is None else out.copy_(total)
 
 
 def all_gather_dim(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:

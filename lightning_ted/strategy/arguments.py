@@ -38,6 +38,17 @@ _LEFT_TO_THE_TRAINER = "; it is usually left to the Trainer"
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sequence_parallel": (lambda value: isinstance(value, bool), "True or False"),
     "duplicate_token_dropping": (lambda value: isinstance(value, bool), "True or False"),
+    "zero_stage": (
+        lambda value: value in (1, 2) and not isinstance(value, bool),
+        "1 or 2: 3, which shares out the weights, too, is not there yet",
+    ),
+    "optimizer_tile_size": (
+        lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0),
+        "a positive number of elements or None",
+    ),
+    "offload_optimizer": (lambda value: isinstance(value, bool), "True or False"),
+    "overlap_weight_gather": (lambda value: isinstance(value, bool), "True or False"),
+    "fp32_gradients": (lambda value: isinstance(value, bool), "True or False"),
     "tensor_parallel_plan": (_is_plan, "'auto' or a dict of name pattern to style"),
     "accelerator": (_one_of(Accelerator), f"an Accelerator or None{_LEFT_TO_THE_TRAINER}"),
     "parallel_devices": (

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import nn
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from torch import nn, optim
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.moe.layer import moe_layers
-from lightning_ted.optim.elementwise import is_elementwise
+from lightning_ted.optim.probe import update_kind
 from lightning_ted.strategy._compat import AVERAGING_CALLBACKS, is_overridden
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import Topology
 
-#: Optimizers that mix the elements of a parameter, so that stepping its parts is not stepping the parameter.
-_NOT_ELEMENTWISE = {
-    *("LBFGS", "Adafactor", "Muon", "Shampoo", "SOAP", "LAMB", "Lamb", "LARS", "Prodigy"),
-    *("DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan", "DAdaptAdanIP", "DAdaptLion", "DAdaptSGD"),
-}
+#: What need not be tried out.
+_ELEMENTWISE = {optim.Adam, optim.AdamW, optim.SGD}
 
 
 def warn_of_overrides(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -95,6 +94,37 @@ def warn_of_idle_sizes(module: nn.Module, styles: Mapping[str, Style], topology:
         )
 
 
+def refuse_averaging_of_rounded_weights(trainer: pl.Trainer, working: Mapping[str, torch.dtype]) -> None:
+    """Refuse callbacks that average weights, where the weights that they see are 16-bit copies of the masters.
+
+    Raises:
+        UnsupportedError: If there is one.
+
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if working and isinstance(callback, AVERAGING_CALLBACKS):
+            raise UnsupportedError(
+                f"`{type(callback).__name__}` would average the 16-bit weights of `Trainer(precision='{trainer.precision}')`, from "
+                "which small changes vanish, and its average would be written over by the masters. Use `precision='32-true'` or "
+                "'bf16-true' with it."
+            )
+
+
+def refuse_averaging_of_late_weights(trainer: pl.Trainer) -> None:
+    """Refuse callbacks that read weights between steps, where these may be on their way.
+
+    Raises:
+        UnsupportedError: If there is one.
+
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, AVERAGING_CALLBACKS):
+            raise UnsupportedError(
+                f"`{type(callback).__name__}` reads the weights between steps, where `overlap_weight_gather=True` leaves them on "
+                "their way. Leave `overlap_weight_gather` at its default with it."
+            )
+
+
 def refuse_early_copies(trainer: pl.Trainer, module: pl.LightningModule, topology: Topology) -> None:
     """Refuse callbacks that copied the model before its layers were cut.
 
@@ -127,51 +157,28 @@ def refuse_sparse_gradients(module: nn.Module) -> None:
             )
 
 
-def check_optimizers(
-    optimizers: Sequence[Optimizer],
-    module: pl.LightningModule,
-    names_at_connect: Sequence[tuple[Parameter, str]],
-    placed: Collection[Parameter],
-    layouts: Mapping[str, ParamLayout],
+def replace_parameters(
+    optimizers: Sequence[Optimizer], module: pl.LightningModule, names_at_connect: Sequence[tuple[Parameter, str]]
 ) -> None:
-    """See that the optimizers step the module's own parameters, and may step parts of them.
-
-    A parameter that the module has replaced since the optimizer was made is replaced in the optimizer too.
+    """Let the optimizers step the module's own parameters: those that it has replaced since they were made, too.
 
     Args:
         optimizers: The optimizers.
         module: The module.
         names_at_connect: The parameters that it had when it came to the strategy.
-        placed: Those that the strategy has placed on the ranks, whose gradients it will average.
-        layouts: How they are cut, by qualified name.
 
     Raises:
-        UnsupportedError: If an optimizer holds a parameter that the module has not, or that was made too late to be
-            averaged; or if it mixes the elements of one that is cut.
+        UnsupportedError: If an optimizer holds a parameter that the module has not.
 
     """
     current = dict(module.named_parameters(remove_duplicate=False))
-    name_of = {id(parameter): name for name, parameter in current.items()}
+    own = {id(parameter) for parameter in current.values()}
     old_names = {id(parameter): name for parameter, name in names_at_connect}
-    averaged = {id(parameter) for parameter in placed}
     for optimizer in optimizers:
-        kind = type(optimizer)
-        cut = None
         for group in optimizer.param_groups:
             for i, parameter in enumerate(group["params"]):
-                if id(parameter) not in name_of:
-                    group["params"][i] = parameter = _replacement(parameter, kind, module, old_names, current)
-                name = name_of[id(parameter)]
-                if id(parameter) not in averaged:
-                    raise UnsupportedError(
-                        f"'{name}' was made after the parameters had been placed on the ranks, so its gradients would not be "
-                        f"averaged. Make it in `{type(module).__name__}.__init__`, `configure_model` or `setup`, and not in "
-                        "`configure_optimizers` or later."
-                    )
-                if name in layouts and layouts[name].cuts:
-                    cut = name
-        if cut is not None:
-            _check_elementwise(optimizer, cut)
+                if id(parameter) not in own:
+                    group["params"][i] = _replacement(parameter, type(optimizer), module, old_names, current)
 
 
 def _replacement(
@@ -191,23 +198,45 @@ def _replacement(
     return replacement
 
 
-def _check_elementwise(optimizer: Optimizer, name: str) -> None:
-    """``name``: a parameter of which each rank holds a part."""
+def needs_whole_parameters(
+    optimizer: Optimizer, parameters: Mapping[str, Parameter], layouts: Mapping[str, ParamLayout]
+) -> bool:
+    """Whether an optimizer has to see whole parameters, because its update mixes the elements of one.
+
+    Raises:
+        UnsupportedError: If it steps a parameter of which each rank holds a part; if it mixes parameters; or if that cannot be
+            found out.
+
+    """
     kind = type(optimizer)
-    mixing = [base.__name__ for base in kind.__mro__ if base.__name__ in _NOT_ELEMENTWISE]
-    own = kind.__module__.startswith("torch.optim")
-    tried = True if own or mixing else is_elementwise(optimizer)
-    if mixing or tried is False:
-        what = f"`{kind.__name__}`" + ("" if not mixing or kind.__name__ in mixing else f" (a `{mixing[0]}`)")
+    update = "elementwise" if kind in _ELEMENTWISE else update_kind(optimizer)
+    use = "Use an elementwise optimizer, such as `AdamW` or `SGD`"
+    if update == "parameterwise":
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        cut = [name for name, parameter in parameters.items() if id(parameter) in stepped and layouts[name].cuts]
+        if cut:
+            raise UnsupportedError(
+                f"`{kind.__name__}` cannot step '{cut[0]}', of which each rank holds a part: its update mixes the elements of a "
+                f"parameter. {use}, for what is cut at least: `configure_optimizers` may return several."
+            )
+    elif update != "elementwise":
+        why = "mixes parameters" if update == "coupled" else "could not be tried out on small matrices (a closure?)"
         raise UnsupportedError(
-            f"{what} cannot step '{name}', of which each rank holds a part: its update mixes the elements of "
-            "a parameter. Use an elementwise optimizer, such as `AdamW` or `SGD`."
+            f"`{kind.__name__}` cannot be used with `TEDStrategy`, which shares out what is stepped over ranks and tiles: its "
+            f"update {why}. {use}."
         )
-    if tried is None:
+    return update == "parameterwise"
+
+
+def warn_of_unstepped(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Say which trained parameters no optimizer steps: their gradients stay this rank's own."""
+    stepped = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    left = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in stepped]
+    if left and optimizers:
         rank_zero_warn(
-            f"`{kind.__module__}.{kind.__name__}` steps '{name}' and others of which each rank holds a part, and could not be "
-            "tried out. Its update has to be elementwise, as those of `AdamW` and `SGD` are: norms and factorisations would be "
-            "of the part only."
+            f"{len(left)} parameters require gradients, but no optimizer steps them ('{left[0]}', ...), so their gradients are "
+            "not averaged over the ranks. HINT: freeze them by `requires_grad_(False)`.",
+            category=PossibleUserWarning,
         )
 
 

@@ -1,15 +1,16 @@
-"""Lightning's precision plugins, made to clip by the norm of the whole model.
+"""Lightning's precision plugins, made to look at the gradient of the whole model.
 
 A plugin is handed the optimizer only, and torch's ``clip_grad_norm_`` then sees this rank's shards: each tensor rank
-would clip by another norm, and replicated weights would drift apart.
+would clip by another norm, and replicated weights would drift apart. So would the scales of a loss scaler that looks for
+overflows in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from lightning.pytorch.plugins.precision import (
     DoublePrecision,
     HalfPrecision,
@@ -17,66 +18,102 @@ from lightning.pytorch.plugins.precision import (
     Precision,
     TransformerEnginePrecision,
 )
-from torch.nn import Parameter
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ted.errors import UnsupportedError
-
-#: Clips the gradients of these parameters to a global norm, over all ranks.
-NormClipper = Callable[[list[Parameter], float], None]
+from lightning_ted.optim.step import ShardedStep
 
 
-class ClipsGlobally(Precision):
-    """Mixed into a precision plugin: clipping by norm goes through the strategy, which knows how parameters are cut.
-
-    Clipping by value is elementwise, so the plugin's own is right.
-    """
-
-    norm_clipper: NormClipper
+class ShardedPrecision(Precision):
+    """Mixed into a precision plugin: clipping goes to the optimizer, which knows all of its gradient."""
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        # Also with no parameters on this rank: the norm is a collective.
-        self.norm_clipper(list(self.main_params(optimizer)), float(clip_val))
+        _share_of(optimizer).clip_by_norm(float(clip_val))
+
+    @override
+    def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        _share_of(optimizer).clip_by_value(float(clip_val))
 
 
-def with_global_clipping(plugin: Precision, norm_clipper: NormClipper) -> Precision:
-    """The same plugin object, clipping through ``norm_clipper``.
+class ShardedScaler(GradScaler):
+    """Mixed into a gradient scaler: one decision of the world whether there was an overflow, by the one norm."""
+
+    @override
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        share = _share_of(optimizer)
+        norm = share.grad_norm()
+        share.scale_gradients(inv_scale)
+        return {norm.device: (~norm.isfinite()).to(found_inf.dtype)}
+
+
+def _share_of(optimizer: Optimizer) -> ShardedStep:
+    # Not by its type: a module may hand over the proxy of an optimizer.
+    share = getattr(optimizer, "sharded", None)
+    if share is None:
+        raise UnsupportedError(
+            f"This `{type(optimizer).__name__}` is not one of those that `configure_optimizers` returned, so its gradients are not "
+            "averaged over the ranks and cannot be clipped or unscaled."
+        )
+    return share
+
+
+def for_shards(plugin: Precision) -> Precision:
+    """The same plugin object, for sharded optimizers.
 
     Raises:
-        UnsupportedError: If the plugin computes in fp16, or belongs to another strategy.
+        UnsupportedError: If the plugin computes in fp16 alone, or belongs to another strategy.
 
     """
     _refuse(plugin)
-    if not isinstance(plugin, ClipsGlobally):
-        # The object changes its class, rather than being replaced, so that a user's own plugin keeps its state and is
-        # still the object that the user holds.
-        plugin.__class__ = _clipping_class(type(plugin))  # type: ignore[arg-type]
-    plugin.norm_clipper = norm_clipper  # type: ignore[attr-defined]
+    # Objects change their classes, rather than being replaced, so that a user's own keep their state and are still those that
+    # the user holds.
+    if not isinstance(plugin, ShardedPrecision):
+        plugin.__class__ = _mixed_into(type(plugin), ShardedPrecision)  # type: ignore[arg-type]
+    scaler = getattr(plugin, "scaler", None)
+    if isinstance(scaler, GradScaler) and not isinstance(scaler, ShardedScaler):
+        scaler.__class__ = _mixed_into(type(scaler), ShardedScaler)  # type: ignore[arg-type]
     return plugin
 
 
+def working_dtypes(plugin: Precision, module: nn.Module) -> dict[str, torch.dtype]:
+    """The 16-bit dtype of the weights that the model computes with, by name, of those that have masters in 32 bits."""
+    if not isinstance(plugin, MixedPrecision):
+        return {}
+    working = torch.float16 if plugin.precision == "16-mixed" else torch.bfloat16
+    # Kernels of batch normalisation want its weights in the dtype of the running statistics.
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    kept = {parameter for layer in norms for parameter in layer.parameters(recurse=False)}
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    return {name: working for name, p in module.named_parameters() if p.dtype in kinds and p not in kept}
+
+
 @cache
-def _clipping_class(cls: type[Precision]) -> Any:
+def _mixed_into(cls: type, mixin: type) -> Any:
     # Checkpoints file the plugin's state under its class's qualified name, which therefore stays that of the plain
     # plugin.
     names = {"__qualname__": cls.__qualname__, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (ClipsGlobally, cls), names)
+    return type(cls.__name__, (mixin, cls), names)
 
 
 def _refuse(plugin: Precision) -> None:
     precision = getattr(plugin, "precision", "32-true")
     known = type(plugin) is Precision or isinstance(
-        plugin, (ClipsGlobally, MixedPrecision, HalfPrecision, DoublePrecision)
+        plugin, (ShardedPrecision, MixedPrecision, HalfPrecision, DoublePrecision)
     )
     if not known or isinstance(plugin, TransformerEnginePrecision):
         raise UnsupportedError(
             f"The precision plugin `{type(plugin).__name__}` cannot be used with `TEDStrategy`; choose "
-            "`Trainer(precision=...)` among '32-true', 'bf16-mixed', 'bf16-true' and '64-true'."
+            "`Trainer(precision=...)` among '32-true', 'bf16-mixed', '16-mixed', 'bf16-true' and '64-true'."
         )
-    if precision in ("16-mixed", "16-true"):
+    if precision == "16-true":
         raise UnsupportedError(
-            f"`Trainer(precision='{precision}')` is not supported by `TEDStrategy`: an overflow on one rank's shard would "
-            f"let the ranks' loss scales and weights drift apart. Use `precision='{precision.replace('16', 'bf16')}'`."
+            "`Trainer(precision='16-true')` is not supported by `TEDStrategy`: without loss scaling and 32-bit masters, small "
+            "gradients and updates are lost. Use `precision='16-mixed'` or 'bf16-true'."
         )

@@ -15,34 +15,28 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.nn import Parameter
-from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile, reading
 from lightning_ted.errors import UnsupportedError
-from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe.layer import moe_layers
-from lightning_ted.optim.clip import clip_by_norm_
 from lightning_ted.strategy import _compat, checks, data, metrics
 from lightning_ted.strategy._compat import is_overridden
 from lightning_ted.strategy.arguments import check_arguments
-from lightning_ted.strategy.backward import BackwardSync, NamedParameters, make_backward_sync
 from lightning_ted.strategy.batchnorm import synchronize_layers
 from lightning_ted.strategy.buffers import synchronize_buffers
 from lightning_ted.strategy.hints import add_hint
 from lightning_ted.strategy.partition import PartitionOptions, close_regions, mesh_of, partition_module
-from lightning_ted.strategy.precision import with_global_clipping
-from lightning_ted.strategy.ranks import RankedStrategy
 from lightning_ted.strategy.registry import NAME
 from lightning_ted.strategy.sizes import check_reuse, module_styles, resolve_sizes
+from lightning_ted.strategy.stepping import SteppingStrategy
+from lightning_ted.strategy.training import TrainingOptions
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import RankOrder, Topology
 
 
-class TEDStrategy(RankedStrategy):
+class TEDStrategy(SteppingStrategy):
     r"""Trains models with mixture-of-experts layers under tensor + expert + data parallelism (arXiv 2303.06318).
 
     The same ranks are arranged twice: ``tensor x data`` for ordinary layers, ``expert-tensor x expert x expert-data`` for
@@ -59,6 +53,15 @@ class TEDStrategy(RankedStrategy):
             replicas of an expert.
         sequence_parallel: Split activations over tokens between the tensor-parallel regions.
         duplicate_token_dropping: Route each token on one tensor rank only. ``False`` is for ablation.
+        zero_stage: 1 shares out the optimizers' state (and the 32-bit weights of 16-bit training) over the data-parallel ranks
+            of each parameter; 2 also frees the gradients that a rank does not step.
+        optimizer_tile_size: Elements that are stepped at a time, which bounds what a step needs beside the state; ``None``
+            steps all at once.
+        offload_optimizer: Keep the optimizers' state, and the 32-bit weights of 16-bit training, in host memory; tiles of it
+            visit the device.
+        fp32_gradients: Accumulate and reduce the gradients of 16-bit weights in fp32.
+        overlap_weight_gather: Let updated weights arrive while the next forward computes. Between a step and the next forward,
+            only hooks of evaluations and checkpoints may then read weights.
         tensor_parallel_plan: ``"auto"`` uses the ``tp_plan`` attributes of the model's modules; otherwise a style for each
             name pattern.
         accelerator: The accelerator; usually left to the ``Trainer``.
@@ -81,6 +84,11 @@ class TEDStrategy(RankedStrategy):
         rank_order: RankOrder = "expert_first",
         sequence_parallel: bool = False,
         duplicate_token_dropping: bool = True,
+        zero_stage: int = 1,
+        optimizer_tile_size: int | None = 2**24,
+        offload_optimizer: bool = False,
+        fp32_gradients: bool = False,
+        overlap_weight_gather: bool = False,
         tensor_parallel_plan: Literal["auto"] | dict[str, str] = "auto",
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
@@ -105,23 +113,17 @@ class TEDStrategy(RankedStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self._options = PartitionOptions(tensor_parallel_plan, sequence_parallel, duplicate_token_dropping)
+        self._training_options = TrainingOptions(
+            zero_stage, optimizer_tile_size, offload_optimizer, fp32_gradients, overlap_weight_gather
+        )
         self._tensor_parallel_size = tensor_parallel_size
         self._expert_parallel_size = expert_parallel_size
         self._expert_tensor_parallel_size = expert_tensor_parallel_size
         self._rank_order = rank_order
-        self._options = PartitionOptions(tensor_parallel_plan, sequence_parallel, duplicate_token_dropping)
-        self._layouts: dict[str, ParamLayout] = {}
-        self._names_at_connect: list[tuple[Parameter, str]] = []
-        self._parameters: NamedParameters = []
-        self._sync: BackwardSync | None = None
         self._configured = False
         self._checked_stages: set[str] = set()
         self._described = False
-
-    @property
-    def layouts(self) -> dict[str, ParamLayout]:
-        """How each parameter and buffer is cut, by qualified name."""
-        return self._layouts
 
     # -- mesh and partition ----------------------------------------------------------------------------------------------
 
@@ -129,7 +131,6 @@ class TEDStrategy(RankedStrategy):
     def connect(self, model: pl.LightningModule) -> None:
         super().connect(model)
         self._configured = False
-        self._names_at_connect = [(p, name) for name, p in model.named_parameters(remove_duplicate=False)]
 
     @override
     def setup_environment(self) -> None:
@@ -137,6 +138,7 @@ class TEDStrategy(RankedStrategy):
         _compat.reset_seed()
         self.set_world_ranks()
         self._init_process_group()
+        self._end_training()  # one that was interrupted
         self._described = False
         module = self.lightning_module
         assert module is not None
@@ -227,8 +229,6 @@ class TEDStrategy(RankedStrategy):
         self.model_to_device()
         self._partition(module)  # what a `setup` hook has added
         metrics.synchronize_over_data(module, self.mesh.axis("data"))
-        self._parameters = list(module.named_parameters())
-        self._sync = make_backward_sync(self.mesh, self._layouts, self._options)
         self._checked_stages.clear()
         self.barrier("setup")
         styles = self._refuse_idle_sizes(module, self.topology)
@@ -238,83 +238,11 @@ class TEDStrategy(RankedStrategy):
             checks.refuse_sparse_gradients(module)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        if fitting:
-            _compat.optimizers_to_device(self.optimizers, self.root_device)
         if not self._described:
             checks.warn_of_idle_sizes(module, styles, self.topology, self._tensor_parallel_size)
             rank_zero_info(checks.describe(module, self._layouts, self.topology))
             self._described = True
         data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)
-
-    @override
-    def setup_optimizers(self, trainer: pl.Trainer) -> None:
-        self._reset_optimizers_and_schedulers()
-        super().setup_optimizers(trainer)
-        self._check_optimizers()
-
-    def _check_optimizers(self) -> None:
-        assert self.lightning_module is not None
-        placed = [parameter for _, parameter in self._parameters]
-        checks.check_optimizers(self.optimizers, self.lightning_module, self._names_at_connect, placed, self._layouts)
-
-    @override
-    def on_train_start(self) -> None:
-        self._check_optimizers()  # hooks may have added parameter groups
-
-    # -- gradients -----------------------------------------------------------------------------------------------------
-
-    @property
-    @override
-    def precision_plugin(self) -> Precision:
-        return self._precision_plugin if self._precision_plugin is not None else Precision()
-
-    @precision_plugin.setter
-    def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        # The one place where the Trainer's choice can be made aware of the mesh.
-        if precision_plugin is not None:
-            precision_plugin = with_global_clipping(precision_plugin, self._clip_by_norm)
-        self._precision_plugin = precision_plugin
-
-    def _clip_by_norm(self, parameters: list[Parameter], max_norm: float) -> None:
-        layout_of = {id(parameter): self._layouts[name] for name, parameter in self._parameters}
-        with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-        for parameter in with_grad:
-            if id(parameter) not in layout_of:
-                raise UnsupportedError(
-                    f"A parameter of shape {tuple(parameter.shape)} cannot be clipped: when training began, it was not one of "
-                    f"`{type(self.lightning_module).__name__}`, so its gradients are not averaged. Make it in `__init__`, "
-                    "`configure_model` or `setup`."
-                )
-        pairs = [(parameter, layout_of[id(parameter)]) for parameter in with_grad]
-        clip_by_norm_(pairs, max_norm, self.mesh, self.root_device)
-
-    @override
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.lightning_module is not None and self._sync is not None
-        trainable = [(name, parameter) for name, parameter in self._parameters if parameter.requires_grad]
-        self.pre_backward(closure_loss)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self._sync.before_backward(trainable)
-        self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        # Before `on_after_backward`, which then sees the summed gradients, as under DDP.
-        self._sync.after_backward(trainable)
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
-        self.post_backward(closure_loss)
-        return closure_loss
-
-    @override
-    def optimizer_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None and self._sync is not None
-        if not self.lightning_module.automatic_optimization and self.world_size > 1:
-            self._sync.require_summed(optimizer)
-        return super().optimizer_step(optimizer, *args, **kwargs)
-
-    @contextmanager
-    @override
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        assert self._sync is not None
-        with self._sync.blocked():
-            yield
 
     @override
     def post_training_step(self) -> None:
@@ -344,6 +272,7 @@ class TEDStrategy(RankedStrategy):
 
     def _synchronize_buffers(self) -> None:
         assert self.lightning_module is not None
+        self._wait_for_weights()
         synchronize_buffers(self.lightning_module, self._layouts, self.mesh.axis("data"), self.root_device)
 
     on_validation_start = on_test_start = on_predict_start = _synchronize_buffers
@@ -359,7 +288,12 @@ class TEDStrategy(RankedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
         """Write one file with full tensors. A collective: every rank calls it."""
         path = self.broadcast(filepath)
-        full = self._single_file().joined(checkpoint, self.optimizers, keep=self.is_global_zero)
+        masters = {}
+        if self._training is not None:
+            self._training.wait_for_weights()
+            self._training.update_masters()
+            masters["master_of"] = self._training.master_of
+        full = self._single_file().joined(checkpoint, self.optimizers, self.is_global_zero, **masters)
         super().save_checkpoint(full, path, storage_options)
 
     @override
@@ -369,11 +303,18 @@ class TEDStrategy(RankedStrategy):
         return self._single_file().cut(checkpoint)
 
     @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        self._wait_for_weights()
+        super().load_model_state_dict(checkpoint, strict)
+        if self._training is not None:
+            # Not by way of the working weights, which are rounded.
+            self._training.update_masters(checkpoint["state_dict"])
+
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         file = self._single_file()
         for optimizer, state in zip(self.optimizers, checkpoint[OPTIMIZER_STATES], strict=False):
             optimizer.load_state_dict(file.cut_optimizer_state(state, optimizer))
-            _compat.optimizer_to_device(optimizer, self.root_device)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -384,6 +325,8 @@ class TEDStrategy(RankedStrategy):
     @override
     def teardown(self) -> None:
         # No collective here: after an error, the failing rank alone comes this way.
+        if self._training is not None:
+            self._training.close()
         module = self._lightning_module
         trainer = module._trainer if module is not None else None
         if self._layer_sync is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:

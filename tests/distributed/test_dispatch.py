@@ -11,14 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ted.collectives.recorder import CommRecorder
-from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe import MoE, Routing, TopKRouter, auxiliary_loss, expert_counts
 from lightning_ted.moe.losses import drop_rate
-from lightning_ted.optim.gradients import GradientReducer
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
 from lightning_ted.topology import Topology
 from tests.support.pool import Pools
+from tests.support.reduced import reduced
 
 WIDTH = 8
 MODES = {"dtd": PartitionOptions(), "undropped": PartitionOptions(duplicate_token_dropping=False)}
@@ -80,18 +79,11 @@ def step(
     if one_expert:
         favour_one_expert(layer)
     layouts = partition_module(layer, mesh, MODES[mode])
-    duplicates = 1 if mode == "dtd" else topology.tensor // topology.expert_tensor
-    reducer = GradientReducer(mesh, layouts, duplicates)
     x = inputs(lengths)[topology.coordinates(dist.get_rank()).data]
-    loss_of(layer, x).backward()
-    reducer.reduce(list(layer.named_parameters()))
+    with reduced(layer, mesh, layouts, MODES[mode]) as gradients:
+        loss_of(layer, x).backward()
     want = oracle(lengths, one_expert, options)
-    found = {}
-    for name, parameter in layer.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
-        whole = gather_whole(parameter.grad, layouts[name], mesh)
-        found[name] = (whole - want[name]).abs().max().item()
-    return found
+    return {name: (gradients[name] - want[name]).abs().max().item() for name, _ in layer.named_parameters()}
 
 
 LAYOUTS = [Topology(4, 1, 4, 1), Topology(4, 2, 2, 2), Topology(4, 2, 4, 1), Topology(4, 4, 2, 1), Topology(4, 4, 1, 4)]

@@ -249,3 +249,23 @@ def test_recording_ends_with_its_context():
             _ = 1 / 0
         assert mesh.ledger.recorder is outer
     assert mesh.axis("world").ledger.recorder is None
+
+
+def gradient_groups(topology):
+    mesh = TEDMesh(topology)
+    made = {name: mesh.gradient_axis(name) for name in ("data", "world", "expert_data")}
+    again = {name: mesh.gradient_axis(name) for name in made}
+    assert all(again[name].group is axis.group for name, axis in made.items())
+    for name, axis in made.items():
+        plain = mesh.axis(name)
+        assert (axis.size, axis.rank, axis.name) == (plain.size, plain.rank, plain.name)
+        if axis.size > 1:
+            assert dist.get_process_group_ranks(axis.group) == dist.get_process_group_ranks(plain.group)
+    used = {mesh.axis(name).group for name in ("tensor", "expert", "expert_tensor")}
+    return {name: axis.size == 1 or axis.group not in used for name, axis in made.items()}
+
+
+@pytest.mark.parametrize("topology", [Topology(4, 1, 4), Topology(4, 2, 2), Topology(4, 2, 4, 1), Topology(4, 4, 1, 4)])
+def test_gradients_are_not_reduced_in_a_group_that_tokens_are_exchanged_in(pools, topology):
+    for rank in pools(4).run(gradient_groups, topology):
+        assert all(rank.values())

@@ -49,9 +49,16 @@ def check(pools: Pools, cases: Sequence[Case], tolerance: float) -> None:
     assert not wrong, f"{cases[0]}: relative errors above {tolerance}: {wrong}"
 
 
+#: How a layout is stepped: top-k, ZeRO stage, accumulated micro-batches, elements of a tile.
+STEPPED = [(1, 1, 1, None), (2, 2, 1, 1000), (3, 1, 3, 77), (2, 2, 3, 333)]
+
+
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_layout_trains_like_one_process(pools: Pools, case: Case) -> None:
-    cases = [replace(case, config=replace(case.config, top_k=k)) for k in (1, 2, 3)]
+    cases = [
+        replace(case, config=replace(case.config, top_k=k), zero_stage=stage, accumulate=accumulate, tile_size=tile)
+        for k, stage, accumulate, tile in STEPPED
+    ]
     check(pools, cases, 1e-6)
 
 
@@ -63,7 +70,7 @@ def test_layout_trains_like_one_process_under_adam(pools: Pools, case: Case) -> 
 @pytest.mark.parametrize("case", [case for case in GRID if case.world == 4 and case.order == "data_first"], ids=str)
 def test_layout_trains_like_one_process_in_double_precision(pools: Pools, case: Case) -> None:
     # Leaves no room for an error that hides in rounding.
-    check(pools, [replace(case, dtype=torch.float64)], 1e-13)
+    check(pools, [replace(case, dtype=torch.float64, zero_stage=stage, tile_size=77) for stage in (1, 2)], 1e-13)
 
 
 VARIANTS = {

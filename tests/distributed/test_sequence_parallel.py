@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import PlanError, UnsupportedError
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.optim.gradients import GradientReducer
 from lightning_ted.strategy.partition import partition_module
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.pool import Pools
+from tests.support.reduced import reduced
 from tests.support.stacks import SEQUENCE, TP2, Block, Stack, cut
 
 
@@ -210,15 +209,15 @@ def whole_features(between: bool, length: int) -> float:
     model, mesh = copy.deepcopy(whole), TEDMesh(TP2)
     layouts = partition_module(model, mesh, SEQUENCE)
     x = torch.randn(2, length, 8)
-    outputs = [each(x) for each in (model, whole)]
-    for output in outputs:
+    expected = whole(x)
+    expected.square().sum().backward()
+    with reduced(model, mesh, layouts, SEQUENCE) as gradients:
+        output = model(x)
         output.square().sum().backward()
-    GradientReducer(mesh, layouts).reduce(list(model.named_parameters()))
-    worst = (outputs[0] - outputs[1]).abs().max().item()
-    for (name, ours), theirs in zip(model.named_parameters(), whole.parameters(), strict=True):
-        if theirs.grad is not None and ours.grad is not None:
-            found = gather_whole(ours.grad, layouts[name], mesh)
-            worst = max(worst, (found - theirs.grad).abs().max().item() / theirs.grad.abs().max().item())
+    worst = (output - expected).abs().max().item()
+    for name, theirs in whole.named_parameters():
+        if theirs.grad is not None:
+            worst = max(worst, (gradients[name] - theirs.grad).abs().max().item() / theirs.grad.abs().max().item())
     return worst
 
 

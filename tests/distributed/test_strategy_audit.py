@@ -14,12 +14,13 @@ from lightning_ted.collectives.recorder import CommRecorder
 from lightning_ted.errors import PlanError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.optim import gradients
-from lightning_ted.optim.gradients import GradientReducer
+from lightning_ted.optim import audit
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
+from lightning_ted.strategy.training import Training
 from lightning_ted.topology import Topology
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.pool import Pools
+from tests.support.reduced import training_of
 
 SIZES = {"tiny": (3,), "odd": (5, 13), "exact": (64,), "large": (97, 131), "empty": (0, 4)}
 
@@ -32,13 +33,13 @@ def _zero_initialised() -> tuple[int, str]:
     for block in model.blocks:
         nn.init.zeros_(block.attention.o_proj.weight)
     mesh = TEDMesh(Topology(2, 2))
-    reducer = GradientReducer(mesh, partition_module(model, mesh, PartitionOptions()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = training_of(model, mesh, partition_module(model, mesh, PartitionOptions()), optimizer)
     for step in range(3):
         optimizer.zero_grad()
-        model.step(torch.arange(16).view(2, 8) % 24)[1].backward()
         try:
-            reducer.reduce(list(model.named_parameters()))
+            with training.backward():
+                model.step(torch.arange(16).view(2, 8) % 24)[1].backward()
         except PlanError as error:
             return step, str(error)
         optimizer.step()
@@ -51,24 +52,28 @@ def test_a_gradient_that_is_zero_at_first_is_looked_at_again(pools: Pools) -> No
         assert "norm1" not in message
 
 
-def _reducer() -> tuple[nn.ParameterDict, GradientReducer, TEDMesh]:
+def _training() -> tuple[nn.ParameterDict, Training, TEDMesh]:
     module = nn.ParameterDict({name: nn.Parameter(torch.zeros(size)) for name, size in SIZES.items()})
     mesh = TEDMesh(Topology(dist.get_world_size(), 2))
-    return module, GradientReducer(mesh, {n: ParamLayout(n, tuple(p.shape)) for n, p in module.items()}), mesh
+    return module, training_of(module, mesh, {n: ParamLayout(n, tuple(p.shape)) for n, p in module.items()}), mesh
+
+
+def _pass(module: nn.ParameterDict, training: Training, gradients: dict[str, torch.Tensor]) -> None:
+    """A backward pass that gives these gradients."""
+    with training.backward():
+        torch.stack([(module[name] * gradient).sum() for name, gradient in gradients.items()]).sum().backward()
 
 
 def _reduce(make: str, scale: float) -> tuple[str, dict[Any, int], dict[Any, int]]:
-    module, reducer, mesh = _reducer()
+    module, training, mesh = _training()
     torch.manual_seed(0)
-    for name, parameter in module.items():
-        parameter.grad = torch.randn(parameter.shape)
-        if name == make:
-            own = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(dist.get_rank()))
-            # Below a millionth: zero but for rounding, which differs.
-            parameter.grad = scale * own + (0 if scale < 1e-5 else parameter.grad)
+    gradients = {name: torch.randn(parameter.shape) for name, parameter in module.items()}
+    own = torch.randn(SIZES[make], generator=torch.Generator().manual_seed(dist.get_rank()))
+    # Below a millionth: zero but for rounding, which differs.
+    gradients[make] = scale * own + (0 if scale < 1e-5 else gradients[make])
     with mesh.recording(CommRecorder()) as recorder:
         try:
-            reducer.reduce(list(module.named_parameters()))
+            _pass(module, training, gradients)
         except PlanError as error:
             return str(error).partition("They")[0], dict(recorder.calls), dict(recorder.bytes)
     return "", dict(recorder.calls), dict(recorder.bytes)
@@ -88,30 +93,27 @@ def test_rounding_is_no_difference(pools: Pools, scale: float) -> None:
     assert [message for message, *_ in pools(2).run(_reduce, "large", scale)] == [""] * 2
 
 
-def _norms_by_step(steps: int) -> list[int]:
-    module, reducer, _ = _reducer()
+def _looks_by_step(steps: int) -> list[int]:
+    module, training, _ = _training()
     found = []
     for _ in range(steps):
-        for name, parameter in module.items():
-            parameter.grad = None if name == "tiny" else torch.ones_like(parameter)
-        with mock.patch.object(gradients, "_norm", wraps=gradients._norm) as norm:
-            reducer.reduce(list(module.named_parameters()))
-        found.append(norm.call_count)
+        with mock.patch.object(audit, "_signature", wraps=audit._signature) as look:
+            _pass(module, training, {name: torch.ones_like(p) for name, p in module.items() if name != "tiny"})
+        found.append(look.call_count)
     return found
 
 
-def test_the_norm_of_a_parameter_is_taken_once(pools: Pools) -> None:
-    assert pools(2).run(_norms_by_step, 3) == [[len(SIZES) - 2] * 3] * 2
+def test_the_gradient_of_a_parameter_is_looked_at_until_it_tells(pools: Pools) -> None:
+    # The empty one never tells.
+    assert pools(2).run(_looks_by_step, 3) == [[len(SIZES) - 1, 1, 1]] * 2
 
 
 def _calls_by_step(steps: int) -> list[int]:
-    module, reducer, mesh = _reducer()
+    module, training, mesh = _training()
     found = []
     for _ in range(steps):
-        for name, parameter in module.items():
-            parameter.grad = None if name == "tiny" else torch.ones_like(parameter)
         with mesh.recording(CommRecorder()) as recorder:
-            reducer.reduce(list(module.named_parameters()))
+            _pass(module, training, {name: torch.ones_like(p) for name, p in module.items() if name != "tiny"})
         found.append(recorder.calls[("all_reduce", "world")])
     return found
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_ted.collectives.primitives import all_reduce
 from lightning_ted.collectives.recorder import CommRecorder
+from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import UnsupportedError
-from lightning_ted.layout import ParamLayout
-from lightning_ted.mesh import TEDMesh
-from lightning_ted.optim.gradients import GradientReducer
-from lightning_ted.topology import Topology
 from tests.support.pool import Pools
-from tests.support.runs import Toy, assert_close, assert_same_everywhere, loader, trainer, whole_weights
+from tests.support.runs import Numbered, Toy, assert_close, assert_same_everywhere, loader, trainer, whole_weights
 
 #: Batch size that makes a global batch of eight: whatever the layout, a step then sees the same samples.
 BATCH = {"ddp": 4, "tp2": 4, "tp2 etp1": 4, "ep4": 2, "tp4": 8}
@@ -199,49 +196,17 @@ def _gradient_calls(accumulate: int) -> dict[Any, int]:
 
     run = trainer("tp2", accumulate_grad_batches=accumulate, max_epochs=1)
     run.fit(module := Counting("sgd"), loader())
-    return {key: calls for key, calls in module.recorder.calls.items() if key == ("all_reduce", "data")}
+    return {key: calls for key, calls in module.recorder.calls.items() if key == ("reduce_scatter", "data")}
 
 
 def test_accumulation_sums_gradients_once(pools: Pools) -> None:
     # Four batches per rank: steps after 1, 2, 3 and 4, or after 3 and 4.
-    every = pools(4).run(_gradient_calls, 1)[0][("all_reduce", "data")]
-    third = pools(4).run(_gradient_calls, 3)[0][("all_reduce", "data")]
+    every = pools(4).run(_gradient_calls, 1)[0][("reduce_scatter", "data")]
+    third = pools(4).run(_gradient_calls, 3)[0][("reduce_scatter", "data")]
     assert third * 2 == every
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class _Alive(CommRecorder):
-    """Counts, at each collective, the gradients of before that are still in memory."""
-
-    def __init__(self, gradients: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._gradients = [weakref.ref(gradient) for gradient in gradients]
-        self.alive: list[int] = []
-
-    def note(self, kind: str, axis: str, sent: int) -> None:
-        super().note(kind, axis, sent)
-        self.alive.append(sum(gradient() is not None for gradient in self._gradients))
-
-
-def _buckets_in_memory() -> tuple[list[int], list[float], bool]:
-    mesh = TEDMesh(Topology(2, expert=2))
-    named = [
-        (str(i), torch.nn.Parameter(torch.ones(4, dtype=dtype)))
-        for i, dtype in enumerate((torch.float32, torch.float64))
-    ]
-    named.append(("unused", torch.nn.Parameter(torch.ones(4))))
-    for _, parameter in named[:2]:
-        parameter.grad = torch.full_like(parameter, float(torch.distributed.get_rank()))
-    reducer = GradientReducer(mesh, {name: ParamLayout(name, (4,)) for name, _ in named})
-    with mesh.recording(_Alive([parameter.grad for _, parameter in named[:2]])) as recorder:  # type: ignore[misc]
-        reducer.reduce(named)
-    return recorder.alive, [p.grad[0].item() for _, p in named[:2]], named[2][1].grad is None  # type: ignore[index]
-
-
-def test_gradients_are_freed_as_their_buckets_are_filled(pools: Pools) -> None:
-    assert pools(2).run(_buckets_in_memory) == [([1, 0], [0.5, 0.5], True)] * 2
 
 
 class _HalfFrozen(Toy):
@@ -294,18 +259,31 @@ class _OwnBackward(Toy):
         (2 * loss).backward(*args, **kwargs)
 
     def on_after_backward(self) -> None:
-        self.after = self.net.head.weight.grad.clone()
+        strategy = self.trainer.strategy
+        self.slices = {name: p.grad.clone() for name, p in self.named_parameters() if "experts" not in name}
+        self.whole = {name: strategy.full_gradient(name) for name, _ in self.named_parameters()}
+        self.norm = strategy.grad_norm(self.optimizers()).item()
 
 
-def _own_backward() -> torch.Tensor:
+def _own_backward() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], float, list[int]]:
     run = trainer("tp2", max_steps=1)
     run.fit(module := _OwnBackward("sgd"), loader())
-    return module.after
+    axis = run.strategy.mesh.axis("data")
+    summed = {name: all_reduce(part, axis) for name, part in module.slices.items() if "router" not in name}
+    for name, part in summed.items():
+        summed[name] = gather_whole(part, run.strategy.layouts[name], run.strategy.mesh)
+    return summed, module.whole, module.norm, module.seen["train"][0]
 
 
-def test_module_may_override_backward_and_sees_summed_gradients_after_it(pools: Pools) -> None:
+def test_module_may_override_backward_and_sees_reduced_slices_and_whole_gradients_after_it(pools: Pools) -> None:
     results = pools(4).run(_own_backward)
-    assert all(torch.equal(result, results[0]) for result in results)
+    summed, whole, norm, _ = results[0]
+    assert_same_everywhere([result[1] for result in results])
+    assert_close(summed, {name: whole[name] for name in summed}, 1e-7)
+    module = Toy("sgd")
+    (2 * module._loss(Numbered()[results[0][3] + results[2][3]])).backward()
+    assert_close(whole, {name: p.grad for name, p in module.named_parameters()}, 1e-6)  # type: ignore[misc]
+    assert norm == pytest.approx(torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]).item(), rel=1e-6)
 
 
 class _SkipsOnOneRank(Toy):

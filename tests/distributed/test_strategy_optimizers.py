@@ -87,7 +87,10 @@ def _late_parameter(hook: str) -> str:
 
 @pytest.mark.parametrize("hook", ["configure_optimizers", "on_train_start"])
 def test_a_parameter_that_would_not_be_averaged_is_refused_by_name(pools: Pools, hook: str) -> None:
-    assert all("'late' was made after" in text and "`setup`" in text for text in pools(2).run(_late_parameter, hook))
+    assert all(
+        "of shape (8,) that was made after" in text and "`setup`" in text
+        for text in pools(2).run(_late_parameter, hook)
+    )
 
 
 def _sparse() -> str:
@@ -105,7 +108,7 @@ def test_sparse_gradients_are_refused_before_training(pools: Pools) -> None:
 
 
 def test_optimizer_that_mixes_elements_is_refused_by_name(pools: Pools) -> None:
-    assert all("`LBFGS` cannot step 'net." in text for text in pools(4).run(_outside, "lbfgs"))
+    assert all("`LBFGS` cannot be used" in text and "closure" in text for text in pools(4).run(_outside, "lbfgs"))
 
 
 class _ClipsForeign(Toy):
@@ -129,6 +132,4 @@ def _clip_foreign() -> str:
 
 
 def test_clipping_a_parameter_that_is_not_averaged_is_refused(pools: Pools) -> None:
-    assert all(
-        "shape (3,) cannot be clipped" in text and "_ClipsForeign" in text for text in pools(2).run(_clip_foreign)
-    )
+    assert all("This `SGD` is not one of those" in text for text in pools(2).run(_clip_foreign))

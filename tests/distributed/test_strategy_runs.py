@@ -287,8 +287,8 @@ def test_sizes_are_checked_before_any_process_is_started() -> None:
     assert run.strategy.launcher.procs == []  # type: ignore[union-attr]
 
 
-def test_fp16_and_foreign_precision_plugins_are_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="'16-true'.*Use `precision='bf16-true'`"):
+def test_pure_fp16_and_foreign_precision_plugins_are_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="'16-true'.*Use `precision='16-mixed'`"):
         _on_two_devices(strategy=TEDStrategy(), precision="16-true")
     from lightning.pytorch.plugins.precision import FSDPPrecision
 

@@ -12,12 +12,12 @@ from lightning_ted.collectives.recorder import CommRecorder
 from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.optim.gradients import GradientReducer
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
 from lightning_ted.tensor_parallel import RowParallelLinear
 from lightning_ted.topology import Topology
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.pool import Pools
+from tests.support.reduced import reduced
 
 TP2 = Topology(2, tensor=2)
 
@@ -88,9 +88,9 @@ def wrong_plan() -> str:
     model = TinyDecoder(TinyConfig())
     model.tp_plan = {k: v for k, v in model.tp_plan.items() if "_norm" not in k}
     layouts = partition_module(model, mesh, PartitionOptions())
-    model.step(torch.arange(16).view(2, 8))[1].backward()
     try:
-        GradientReducer(mesh, layouts).reduce(list(model.named_parameters()))
+        with reduced(model, mesh, layouts):
+            model.step(torch.arange(16).view(2, 8))[1].backward()
     except PlanError as error:
         return str(error)
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.optim.clip import global_grad_norm
-from lightning_ted.optim.gradients import GradientReducer
+from lightning_ted.optim.step import ShardedStep
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
+from lightning_ted.strategy.training import TrainingOptions
 from lightning_ted.topology import RankOrder, Topology
 from tests.support.models import TinyConfig, TinyDecoder
+from tests.support.reduced import training_of
 
 STEPS = 5
 #: Batch per data rank and sequence: 3 x 7 tokens predict, which no degree divides.
@@ -36,6 +38,9 @@ class Case:
     config: TinyConfig = TinyConfig()
     optimizer: str = "sgd"
     dtype: torch.dtype = torch.float32
+    zero_stage: int = 1
+    accumulate: int = 1
+    tile_size: int | None = 2**24
 
     @property
     def topology(self) -> Topology:
@@ -58,7 +63,6 @@ class Outcome:
     """What is compared; gradients and weights by name: whole ones of one process, parts of a rank."""
 
     logits: Tensor
-    losses: list[float]
     norms: list[float]
     grads: dict[str, Tensor]
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -90,38 +94,48 @@ def train(
     module: TinyDecoder,
     data: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
-    reduce: Callable[[], None],
+    backward: Callable[[Tensor, bool], None],
     norm: Callable[[], float],
+    gradient: Callable[[str], Tensor | None],
+    accumulate: int,
 ) -> Outcome:
     """Train, and keep what is compared."""
-    outcome = Outcome(torch.empty(0), [], [], {})
+    outcome = Outcome(torch.empty(0), [], {})
     for step, tokens in enumerate(data):
         optimizer.zero_grad()
-        logits, loss = module.step(tokens)
-        loss.backward()
-        reduce()
-        outcome.losses.append(loss.item())
+        for index, micro in enumerate(tokens.chunk(accumulate)):
+            logits, loss = module.step(micro)
+            backward(loss / accumulate, index == accumulate - 1)
+            if step == index == 0:
+                outcome.logits = logits.detach()
         outcome.norms.append(norm())
         if step == 0:
-            outcome.logits = logits.detach()
-            for name, parameter in module.named_parameters():
-                assert parameter.grad is not None, f"{name} has no gradient"
-                outcome.grads[name] = parameter.grad.clone()
+            for name, _ in module.named_parameters():
+                grad = gradient(name)
+                assert grad is not None, f"{name} has no gradient"
+                outcome.grads[name] = grad.clone()
         optimizer.step()
     outcome.weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     return outcome
 
 
 @cache
-def oracle(config: TinyConfig, data: int, optimizer: str, dtype: torch.dtype) -> Outcome:
+def oracle(config: TinyConfig, data: int, optimizer: str, dtype: torch.dtype, accumulate: int) -> Outcome:
     """One process on the whole batch."""
     module = build(config, dtype)
+
+    def together(tokens: Tensor) -> Tensor:
+        """In each micro-batch, those of all data ranks."""
+        return tokens.view(data, accumulate, -1, tokens.shape[1]).transpose(0, 1).flatten(0, 2)
+
     return train(
         module,
-        batches(config, data),
+        [together(tokens) for tokens in batches(config, data)],
         make_optimizer(optimizer, module),
-        reduce=lambda: None,
+        backward=lambda loss, last: loss.backward(),
         norm=lambda: torch.nn.utils.get_total_norm([p.grad for p in module.parameters()]).item(),  # type: ignore[misc]
+        gradient=lambda name: module.get_parameter(name).grad,
+        accumulate=accumulate,
     )
 
 
@@ -129,20 +143,26 @@ def sharded(case: Case, mesh: TEDMesh) -> tuple[Outcome, dict[str, ParamLayout]]
     """One rank of the same under a layout, on its share of the batch; and how the layout cuts."""
     module = build(case.config, case.dtype)
     layouts = partition_module(module, mesh, case.options)
-    reducer = GradientReducer(mesh, layouts, 1 if case.mode != "undropped" else case.tensor // case.expert_tensor)
+    optimizer = make_optimizer(case.optimizer, module)
+    options = TrainingOptions(case.zero_stage, case.tile_size)
+    training = training_of(module, mesh, layouts, optimizer, case.options, options)
+    share: ShardedStep = optimizer.sharded  # type: ignore[attr-defined]
     at = case.topology.coordinates(dist.get_rank())
-    data = [tokens.chunk(case.topology.data)[at.data] for tokens in batches(case.config, case.topology.data)]
 
-    def norm() -> float:
-        return global_grad_norm([(p.grad, layouts[n]) for n, p in module.named_parameters()], mesh).item()  # type: ignore[misc]
+    def backward(loss: Tensor, last: bool) -> None:
+        with nullcontext() if last else training.reducer.blocked(), training.backward():
+            loss.backward()
 
     outcome = train(
         module,
-        data,
-        make_optimizer(case.optimizer, module),
-        reduce=lambda: reducer.reduce(list(module.named_parameters())),
-        norm=norm,
+        [tokens.chunk(case.topology.data)[at.data] for tokens in batches(case.config, case.topology.data)],
+        optimizer,
+        backward=backward,
+        norm=lambda: share.grad_norm().item(),
+        gradient=lambda name: share.local_gradient(module.get_parameter(name)),
+        accumulate=case.accumulate,
     )
+    training.close()
     return outcome, layouts
 
 
@@ -172,7 +192,7 @@ def errors(case: Case, mesh: TEDMesh) -> dict[str, Part]:
     """Errors of this rank against one process, by what is compared."""
     torch.set_num_threads(1)
     got, layouts = sharded(case, mesh)
-    want = oracle(case.config, case.topology.data, case.optimizer, case.dtype)
+    want = oracle(case.config, case.topology.data, case.optimizer, case.dtype, case.accumulate)
     at = case.topology.coordinates(dist.get_rank())
     logits = want.logits.chunk(case.topology.data)[at.data]
     if case.config.vocab_parallel and case.tensor > 1:

@@ -103,14 +103,6 @@ def test_sizes_that_do_less_than_one_may_think_are_told_of() -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class _Mine(torch.optim.LBFGS):
-    pass
-
-
-class DAdaptAdam(torch.optim.SGD):
-    """Has the name of the one in the package dadaptation."""
-
-
 class _MySGD(torch.optim.SGD):
     pass
 
@@ -122,51 +114,54 @@ class _ByNorm(torch.optim.SGD):
         return super().step(closure)
 
 
-class _WantsMore(torch.optim.SGD):
-    def __init__(self, params: Any, secret: object) -> None:
-        super().__init__(params, lr=0.1)
+class _ByGlobalNorm(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        grads = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        torch._foreach_div_(grads, torch.nn.utils.get_total_norm(grads))
+        return super().step(closure)
 
 
-def _check(optimizer: torch.optim.Optimizer, model: BoringModel, cut: bool = True) -> None:
+def _needs_whole(optimizer: torch.optim.Optimizer, model: BoringModel, cut: bool = True) -> bool:
     parameters = dict(model.named_parameters())
     layouts = {name: ParamLayout(name, tuple(p.shape)) for name, p in parameters.items()}
     if cut:
         layouts["layer.weight"] = ParamLayout("layer.weight", (4, 32), (Cut(0, "tensor", 2, (4,)),))
-    checks.check_optimizers([optimizer], model, [], list(parameters.values()), layouts)
+    return checks.needs_whole_parameters(optimizer, parameters, layouts)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [(_Mine, r"`_Mine` \(a `LBFGS`\) cannot step 'layer.weight'"), (DAdaptAdam, "`DAdaptAdam` cannot step")],
-)
-def test_optimizers_that_mix_elements_are_refused_with_their_subclasses(kind: Any, message: str) -> None:
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, _MySGD])
+def test_elementwise_optimizers_may_step_parts(kind: Any, cut: bool) -> None:
     model = BoringModel()
-    with pytest.raises(UnsupportedError, match=message):
-        _check(kind(model.parameters(), lr=0.1), model)
-    _check(_Mine(model.parameters()), model, cut=False)
+    assert not _needs_whole(kind(model.parameters(), lr=0.1), model, cut)
 
 
-def test_an_optimizer_from_elsewhere_is_tried_and_only_where_parts_are_stepped() -> None:
+@pytest.mark.parametrize("kind", [_ByNorm, torch.optim.Adafactor])
+def test_optimizers_that_mix_elements_step_whole_parameters_only(kind: Any) -> None:
     model = BoringModel()
-    with pytest.raises(UnsupportedError, match=r"`_ByNorm` cannot step 'layer.weight'"):
-        _check(_ByNorm(model.parameters(), lr=0.1), model)
-    with pytest.warns(UserWarning, match=r"_WantsMore` steps 'layer.weight' .* elementwise") as caught:
-        _check(_WantsMore(model.parameters(), secret=object()), model)
-    assert len(caught) == 1
+    assert _needs_whole(kind(model.parameters(), lr=0.1), model, cut=False)
+    with pytest.raises(UnsupportedError, match=rf"`{kind.__name__}` cannot step 'layer.weight', .* mixes the elements"):
+        _needs_whole(kind(model.parameters(), lr=0.1), model)
+    # It may step what is not cut.
+    assert _needs_whole(kind([model.layer.bias], lr=0.1), model)
+
+
+@pytest.mark.parametrize(("kind", "why"), [(_ByGlobalNorm, "mixes parameters"), (torch.optim.LBFGS, "closure")])
+def test_optimizers_that_mix_parameters_or_cannot_be_tried_are_refused(kind: Any, why: str) -> None:
+    model = BoringModel()
+    with pytest.raises(UnsupportedError, match=rf"`{kind.__name__}` cannot be used .*{why}.* such as `AdamW`"):
+        _needs_whole(kind(model.parameters(), lr=0.1), model, cut=False)
+
+
+def test_trained_parameters_that_no_optimizer_steps_are_named() -> None:
+    model = BoringModel()
+    optimizer = torch.optim.SGD([model.layer.weight], lr=0.1)
+    with pytest.warns(UserWarning, match=r"1 parameters require gradients, but .*'layer.bias'"):
+        checks.warn_of_unstepped(model, [optimizer])
+    model.layer.bias.requires_grad_(False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _check(_WantsMore(model.parameters(), secret=object()), model, cut=False)
-        _check(_ByNorm(model.parameters(), lr=0.1), model, cut=False)
-        _check(_MySGD(model.parameters(), lr=0.1), model)
-        _check(torch.optim.AdamW(model.parameters()), model)
-
-
-def test_a_parameter_that_was_made_too_late_is_refused_by_name() -> None:
-    model = BoringModel()
-    placed = list(model.parameters())
-    model.late = nn.Parameter(torch.ones(2))
-    with pytest.raises(UnsupportedError, match=r"'late' was made after .* Make it in `BoringModel.__init__`"):
-        checks.check_optimizers([torch.optim.SGD(model.parameters(), lr=0.1)], model, [], placed, {})
+        checks.warn_of_unstepped(model, [optimizer])
 
 
 def test_sparse_gradients_are_refused_by_name_unless_frozen() -> None:

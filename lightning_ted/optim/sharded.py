@@ -1,0 +1,100 @@
+"""The user's optimizer, made to step this rank's share: tile by tile, by its own class and settings.
+
+Note [The object stays]
+    The optimizer changes its class, rather than being wrapped, so that schedulers, callbacks and the user hold the object
+    that steps, under its name and with its ``param_groups``. What is added hangs on one attribute: Lightning hands out
+    proxies on which attributes that a method sets would stay behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_ted.optim.stand_ins import plain_step
+from lightning_ted.optim.state import load_pieces, owned_state
+from lightning_ted.optim.step import ShardedStep
+
+
+class ShardedOptimizer(Optimizer):
+    """Mixed into an optimizer's class.
+
+    Attributes:
+        sharded: This rank's share, and the step over it.
+
+    """
+
+    sharded: ShardedStep
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget this optimizer's gradients, those of this rank's share too."""
+        super().zero_grad(set_to_none)
+        self.sharded.forget_gradients(set_to_none)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; of each tensor that is shared out, the elements that this rank owns, ``[owned]``."""
+        whole = self.state
+        try:
+            self.state = owned_state(whole, self.sharded.segments)
+            return super().state_dict()
+        finally:
+            self.state = whole
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state.
+
+        Args:
+            state_dict: As torch's, with tensors of the (local) parameters' shapes or of this rank's elements.
+
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        state = {
+            parameter: state_dict["state"][index]
+            for index, parameter in zip(indices, parameters, strict=True)
+            if index in state_dict["state"]
+        }
+        self.state.clear()
+        # What belongs to no parameter is kept as it is, as torch does.
+        self.state.update((key, value) for key, value in state_dict["state"].items() if key not in set(indices))
+        shared = set(self.sharded.parameters)
+        load_pieces(self.state, state, self.sharded.segments, shared, self.sharded.counted_on_device())
+
+
+def shard_optimizer(optimizer: Optimizer, step: ShardedStep) -> None:
+    """Let ``optimizer`` step this rank's share only, by ``step``, which was made for it."""
+    # A scheduler that was made before has put its own wrapper of the plain step here.
+    optimizer.__dict__.pop("step", None)
+    optimizer.__class__ = _sharded_class(type(optimizer))  # type: ignore[arg-type]
+    # The share is scaled by itself: a gradient scaler is to treat this optimizer as an ordinary one.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    optimizer.sharded = step  # type: ignore[attr-defined]
+
+
+@cache
+def _sharded_class(kind: type[Optimizer]) -> Any:
+    update = plain_step(kind)
+
+    def step(self: ShardedOptimizer, closure: Callable[[], Any] | None = None) -> Any:
+        self._opt_called = True  # type: ignore[attr-defined]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.sharded.step(update)
+        return loss
+
+    hooked = Optimizer.profile_hook_step(step)
+    hooked.hooked = True  # type: ignore[attr-defined]
+    # Tells a scheduler that steps are noted already, in the attribute that it looks at.
+    hooked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    names = {"__qualname__": kind.__qualname__, "__module__": kind.__module__, "__doc__": kind.__doc__, "step": hooked}
+    return type(kind.__name__, (ShardedOptimizer, kind), names)

@@ -106,15 +106,15 @@ class TEDMesh:
         return self._axes[name]
 
     def gradient_axis(self, name: AxisName) -> Axis:
-        """The same ranks as :meth:`axis`, for reductions that run beside the exchange of tokens.
+        """The same ranks as :meth:`axis`, for reductions that run beside the backward pass.
 
-        One process group makes its collectives one after the other, so a group that tokens are exchanged in is not used for
-        gradients, too. Every rank has to ask for the same axes in the same order, because that may make process groups.
+        One process group makes its collectives one after the other, in the order in which they were asked for; so gradients
+        neither wait for a layer's collectives nor come between them. Every rank has to ask for the same axes in the same order,
+        because that makes process groups.
         """
         axis = self._axes[name]
-        for_tokens = {self.topology.group(used, self.rank) for used in ("tensor", "expert", "expert_tensor")}
         ranks = self.topology.group(name, self.rank)
-        if axis.size == 1 or ranks not in for_tokens:
+        if axis.size == 1:
             return axis
         if ranks not in self._gradient_groups:
             self._gradient_groups[ranks] = self._new_group(ranks)

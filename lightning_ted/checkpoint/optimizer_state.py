@@ -39,7 +39,8 @@ def gather_state(optimizer: ShardedOptimizer, state: Mapping[str, Any], join: Jo
         }
     )
     # Some classes keep what belongs to no parameter.
-    result: dict[Any, Any] = {key: value for key, value in entries_of.items() if key not in set(indices)}
+    of_parameters = set(indices)
+    result: dict[Any, Any] = {key: value for key, value in entries_of.items() if key not in of_parameters}
     for index, parameter in zip(indices, parameters, strict=True):
         if parameter not in owned_of:
             if index in entries_of:

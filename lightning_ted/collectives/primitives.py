@@ -102,34 +102,54 @@ def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tenso
     return _sum_parts(parts)
 
 
-def start_reduce_scatter(flat: Tensor, axis: Axis) -> Tensor:
-    """The sum over ranks of this rank's share of ``flat`` (``[size * n]``), on its way.
+def start_reduce_scatter(flat: Tensor, sizes: Sequence[int], axis: Axis, divisor: int) -> Tensor:
+    """The sum over ranks of this rank's share of ``flat`` (``[sum(sizes)]``) over ``divisor``, on its way.
 
     Neither ``flat`` nor what is returned may be touched before :func:`finish_reduce_scatter`. Sent as
-    :func:`reduce_scatter_rows` is, but on devices whose backend has a reduce-scatter of its own.
+    :func:`reduce_scatter_rows` is, but equal shares on devices whose backend has a reduce-scatter of its own.
     """
-    _note(axis, "reduce_scatter", _bytes(flat) * (axis.size - 1) // axis.size)
-    if flat.is_cuda:
-        return _ops.reduce_scatter_tensor(flat, "sum", axis.size, axis.group_name)
-    share = [flat.numel() // axis.size] * axis.size
-    return _ops.all_to_all_single(flat, share, share, axis.group_name)
+    mine = sizes[axis.rank]
+    _note(axis, "reduce_scatter", (flat.numel() - mine) * flat.element_size())
+    if not _by_backend(flat, sizes):
+        return _ops.all_to_all_single(flat, [mine] * axis.size, list(sizes), axis.group_name)
+    if flat.dtype == torch.float16:
+        flat.div_(
+            divisor
+        )  # before, as the backend adds in 16 bits, where a sum may be too large that is none as a mean
+    return _ops.reduce_scatter_tensor(flat, "sum", axis.size, axis.group_name)
 
 
-def finish_reduce_scatter(pending: Tensor, out: Tensor, axis: Axis) -> None:
-    """Wait for what :func:`start_reduce_scatter` returned, and write the sum to ``out`` (``[n]``)."""
+def finish_reduce_scatter(pending: Tensor, out: Tensor, sizes: Sequence[int], axis: Axis, divisor: int) -> None:
+    """Wait for what :func:`start_reduce_scatter` returned, and write the sum over ``divisor`` to ``out`` (``[sizes[rank]]``)."""
     received = wait(pending)
-    if received.numel() == out.numel():
+    if _by_backend(out, sizes):
         out.copy_(received)
-    else:
-        _sum_parts(received.view(axis.size, out.numel()), out)
+        if divisor > 1 and out.dtype != torch.float16:
+            out.div_(divisor)
+        return
+    parts = received.view(axis.size, out.numel())
+    total = _sum_parts(parts, out) if parts.dtype.itemsize > 2 else parts.sum(0, dtype=torch.float32)
+    if divisor > 1:
+        total.div_(divisor)
+    if total is not out:
+        out.copy_(total)
 
 
-def start_all_gather_(flat: Tensor, axis: Axis) -> Tensor:
-    """Fill in the other ranks' shares of ``flat`` (``[size * n]``); call :func:`wait` on what is returned."""
-    share = flat.numel() // axis.size
-    _note(axis, "all_gather", share * flat.element_size() * (axis.size - 1))
-    own = flat[axis.rank * share : (axis.rank + 1) * share]
-    return _ops.all_gather_into_tensor_out(own, axis.size, axis.group_name, out=flat)
+def _by_backend(tensor: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether the backend reduce-scatters by itself: gloo's own is an all-reduce inside."""
+    return tensor.is_cuda and min(sizes) == max(sizes)
+
+
+def start_all_gather_(flat: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
+    """Fill in the other ranks' shares of ``flat`` (``[sum(sizes)]``); call :func:`wait` on what is returned."""
+    shares = flat.split(list(sizes))
+    if min(sizes) == max(sizes):
+        _note(axis, "all_gather", _bytes(shares[axis.rank]) * (axis.size - 1))
+        return _ops.all_gather_into_tensor_out(shares[axis.rank], axis.size, axis.group_name, out=flat)
+    for rank, share in enumerate(shares):
+        if share.numel():
+            broadcast_(share, axis, rank)
+    return flat
 
 
 def _sum_parts(parts: Tensor, out: Tensor | None = None) -> Tensor:
@@ -138,8 +158,7 @@ def _sum_parts(parts: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.add(parts[0], parts[1], out=out)
     if parts.dtype.itemsize > 2:
         return torch.sum(parts, 0, out=out)
-    total = parts.sum(0, dtype=torch.float32)
-    return total.to(parts.dtype) if out is None else out.copy_(total)
+    return parts.sum(0, dtype=torch.float32).to(parts.dtype)
 
 
 def all_gather_dim(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:

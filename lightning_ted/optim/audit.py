@@ -38,6 +38,9 @@ class ReplicaAudit:
         mesh: The mesh.
         layouts: Qualified parameter name to layout.
 
+    Attributes:
+        is_pending: Whether there may be something to compare.
+
     """
 
     def __init__(self, mesh: TEDMesh, layouts: Mapping[str, ParamLayout]) -> None:
@@ -46,12 +49,18 @@ class ReplicaAudit:
         self._looks: Counter[str] = Counter()
         self._signatures: dict[str, Tensor] = {}
         self._largest: Tensor | None = None  # norm so far
+        self.is_pending = False
+
+    def expect_more(self) -> None:
+        """To be called when parameters have come."""
+        self.is_pending = self._mesh.axis("tensor").size > 1
 
     def wants(self, name: str) -> bool:
         """Whether a parameter has still to be compared."""
+        if not self.is_pending:
+            return False
         layout = self._layouts[name]
-        replica = layout.family == "dense" and not layout.cuts
-        return replica and self._mesh.axis("tensor").size > 1 and self._looks[name] < _PATIENCE
+        return layout.family == "dense" and not layout.cuts and self._looks[name] < _PATIENCE
 
     def look(self, name: str, parameter: Parameter) -> None:
         """Note this rank's gradient, before it is summed over other ranks."""
@@ -67,6 +76,7 @@ class ReplicaAudit:
         """
         names = [name for name in named_parameters if self.wants(name)]
         if not names:
+            self.is_pending = False
             return
         absent = torch.zeros(_CHUNKS + 1, dtype=torch.double, device=named_parameters[names[0]].device)
         signatures = torch.stack([self._signatures.get(name, absent) for name in names])

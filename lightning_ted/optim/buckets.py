@@ -58,6 +58,8 @@ class Bucket(ABC):
             too, as ``masters``. None for the parameters' own, which are their own masters.
         grad_dtype: Dtype in which gradients are accumulated and reduced.
         offload: Keep masters, and what an optimizer keeps for their elements, in host memory.
+        frees: Whether gradients are freed that are of no use any more: outside of this rank's shard when they have been
+            reduced, and all of them after a step.
 
     Attributes:
         arrived: How many gradients each parameter has got in this pass.
@@ -77,6 +79,7 @@ class Bucket(ABC):
         working: torch.dtype | None,
         grad_dtype: torch.dtype,
         offload: bool = False,
+        frees: bool = False,
     ) -> None:
         self.parameters = list(parameters)
         self.placement = placement
@@ -84,11 +87,12 @@ class Bucket(ABC):
         self.divisor = divisor
         self.grad_dtype = grad_dtype
         self.offload = offload
+        self._frees = frees
         self._own_dtype = self.parameters[0].dtype
         self._has_masters = working is not None
         self._working = self._own_dtype if working is None else working
         self.pieces = [
-            Piece(index, start, stop, placement.offsets[index] + start - axis.rank * placement.shard)
+            Piece(index, start, stop, placement.offsets[index] + start - placement.borders[axis.rank])
             for index, start, stop in placement.owned(axis.rank)
         ]
         self.arrived = [0] * len(self.parameters)
@@ -97,7 +101,8 @@ class Bucket(ABC):
         self.pending = False
         self.masters: Tensor | None = None
         self._watched: list[weakref.ref[Tensor]] = []
-        self.acquire()
+        self._versions: list[int] = []
+        self._acquired = False
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +119,8 @@ class Bucket(ABC):
     def absorb_changes(self) -> bool:
         """Follow whoever has changed the parameters in place (but not by way of ``data``, which leaves no trace) or replaced
         their data; returns whether they have been replaced."""
+        if not self._acquired:
+            return False
         replaced = self.claim_weights()
         if replaced or self._versions != self._current_versions():
             self.follow_weights()
@@ -166,18 +173,44 @@ class Bucket(ABC):
         """Make the working weights those of the last step."""
 
     def acquire(self) -> None:
-        """Make masters, and the parameters' data the working weights; nothing if they are."""
-        if self._has_masters and self.masters is None:
+        """Make masters, and the parameters' data the working weights; if they are, follow who has changed them."""
+        if self._acquired:
+            self.absorb_changes()
+            return
+        if self._has_masters:
+            count = self.placement.shards[self.axis.rank]
             dtype = torch.promote_types(self._own_dtype, torch.float32)
             if self.offload:
-                self.masters = host_zeros(self.placement.shard, dtype, self.device)
+                self.masters = host_zeros(count, dtype, self.device)
             else:
-                self.masters = torch.zeros(self.placement.shard, dtype=dtype, device=self.device)
+                self.masters = torch.zeros(count, dtype=dtype, device=self.device)
             self.update_masters([parameter.data for parameter in self.parameters])
+        self._take_weights()
+        for parameter in self.parameters:
+            # Which a parameter keeps, from an earlier run too; it takes none while there is a gradient of another one.
+            if parameter.grad_dtype != self.grad_dtype:
+                parameter.grad = None
+                parameter.grad_dtype = self.grad_dtype
+        self._versions = self._current_versions()
+        self._acquired = True
 
     @abstractmethod
+    def _take_weights(self) -> None:
+        """Make the parameters' data the working weights."""
+
     def release(self) -> None:
         """Give the parameters back in their own dtype, until they are acquired again. A collective."""
+        self.wait_for_weights()
+        self.absorb_changes()
+        if self.masters is not None:
+            self.drop_gradients()
+            self._give_back(self.masters)
+            self.masters = None
+            self._acquired = False
+
+    @abstractmethod
+    def _give_back(self, masters: Tensor) -> None:
+        """Make the parameters' data what the masters are, in their own dtype."""
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
@@ -209,9 +242,10 @@ class Bucket(ABC):
     def zero_gradients(self) -> None:
         """Make the gradients zero that are not in ``grad``."""
 
-    @abstractmethod
     def after_step(self) -> None:
         """Free what a step has used up."""
+        if self._frees:
+            self.drop_gradients()
 
     def _grad_of(self, piece: Piece) -> Tensor | None:
         """A piece of what is in ``grad``, flat, a view."""
@@ -224,6 +258,10 @@ class Bucket(ABC):
 
     def gradient_version(self) -> tuple[int, ...]:
         """Changes whenever gradients are changed in place or replaced."""
+        for parameter in self.parameters:
+            # On all ranks alike, whatever they own: they are to agree on whether something has changed.
+            if parameter.grad is not None and not parameter.grad.is_contiguous():
+                parameter.grad = parameter.grad.detach().contiguous()
         tensors = self._gradient_tensors()
         # References that are kept are told apart even if a tensor has come where another one was.
         self._watched = [weakref.ref(tensor) for tensor in tensors]

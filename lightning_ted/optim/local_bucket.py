@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,23 +13,19 @@ from lightning_ted.optim.buckets import Bucket, Piece
 class LocalBucket(Bucket):
     """A bucket that this rank has for itself."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._pointers: list[int] = []
         self._carried: dict[int, Tensor] = {}
         self._reduced = False
 
-    def acquire(self) -> None:
-        super().acquire()
-        for parameter in self.parameters:
-            parameter.data = parameter.data.to(self._working)
-        self._pointers: list[int] = []
+    def _take_weights(self) -> None:
         self.claim_weights()
-        self._versions = self._current_versions()
 
     def claim_weights(self) -> bool:
         for parameter in self.parameters:
-            if not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()
+            if parameter.dtype != self._working or not parameter.is_contiguous():
+                parameter.data = parameter.data.to(self._working).contiguous()
         pointers = [parameter.data_ptr() for parameter in self.parameters]
         moved = pointers != self._pointers
         self._pointers = pointers
@@ -39,17 +37,12 @@ class LocalBucket(Bucket):
     def wait_for_weights(self) -> None:
         """They are there."""
 
-    def release(self) -> None:
-        self.absorb_changes()
-        if self.masters is None:
-            return
+    def _give_back(self, masters: Tensor) -> None:
         flat = {piece.index: self.master_of(piece) for piece in self.pieces}
         for index, parameter in enumerate(self.parameters):
-            parameter.grad = None
             # One without elements has no piece.
             weight = flat.get(index, parameter.data).view(parameter.shape)
             parameter.data = weight.to(self.device, self._own_dtype, copy=True)
-        self.masters = None
 
     def begin_pass(self) -> None:
         super().begin_pass()
@@ -86,6 +79,3 @@ class LocalBucket(Bucket):
 
     def zero_gradients(self) -> None:
         self._carried.clear()
-
-    def after_step(self) -> None:
-        """Everything is the parameters' own."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_ted.collectives.primitives import all_reduce_
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.host import device_numbers
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def global_norm(grads: Sequence[Tensor], shares: Sequence[float], mesh: TEDMesh,
         # A norm in 16 bit would be off by half a percent.
         wide = torch.promote_types(dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm([grad for grad, _ in found], 2, wide)).double()
-        weights = torch.tensor([share for _, share in found], dtype=torch.double).to(device, non_blocking=True)
+        weights = device_numbers([share for _, share in found], torch.double, device)
         squares += (norms.square() * weights).sum()
     return all_reduce_(squares, mesh.axis("world")).sqrt()
 

@@ -23,11 +23,12 @@ UpdateKind = Literal["elementwise", "parameterwise", "coupled", "unknown"]
 _Twin = Callable[[list[Parameter]], Optimizer]
 _Outcome = dict[str, Tensor]
 
-_SHAPES = ((4, 6), (5, 3))
+# The last is beyond the sizes from which on some classes treat a matrix in another way.
+_SHAPES = ((4, 6), (5, 3), (130, 132))
 # Where the flat matrices are cut, and the tiles of these pieces: the second has a piece of either matrix.
-_PIECES = ((1, 9, 14), (8, 7))
-_PIECE_TILES = (slice(0, 2), slice(2, 4), slice(4, 5))
-_MATRIX_TILES = (slice(0, 1), slice(1, 2))
+_PIECES = ((1, 9, 14), (8, 7), (5003, 12157))
+_PIECE_TILES = (slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7))
+_MATRIX_TILES = (slice(0, 1), slice(1, 2), slice(2, 3))
 # Gradients of several sizes: one that is large makes a norm that limits updates count.
 _GRAD_SIZES = (1e-2, 1.0, 1e2, 1.0, 1e-2, 1e-1, 1.0, 1.0)
 # A scheduler may begin with a rate of (nearly) zero, with which nothing would be seen to move.

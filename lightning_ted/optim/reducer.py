@@ -33,6 +33,7 @@ from lightning_ted.layout import Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.audit import ReplicaAudit
 from lightning_ted.optim.buckets import Bucket
+from lightning_ted.optim.host import device_numbers
 from lightning_ted.optim.local_bucket import LocalBucket
 from lightning_ted.optim.placement import place_in_order, place_whole
 from lightning_ted.optim.shared_bucket import SharedBucket
@@ -115,7 +116,7 @@ class GradientReducer:
             offload: Keep masters in host memory.
 
         Raises:
-            UnsupportedError: For a parameter that has been adopted.
+            UnsupportedError: For a parameter that has been adopted, or is complex.
 
         """
         again = [name for name, parameter in named_parameters if id(parameter) in self._names]
@@ -123,6 +124,12 @@ class GradientReducer:
             raise UnsupportedError(
                 f"'{again[0]}' is held by two optimizers, but each parameter is shared out once. Give it to one of them."
             )
+        for name, parameter in named_parameters:
+            if parameter.is_complex() and self._mesh.topology.world_size > 1:
+                raise UnsupportedError(
+                    f"'{name}' is complex, and gradients of complex parameters cannot be summed over ranks. Keep its real and "
+                    "imaginary part as two parameters (`torch.view_as_complex`)."
+                )
         kinds: dict[tuple[Family, torch.dtype | None, torch.dtype, torch.device], list[tuple[str, Parameter]]] = {}
         # The reverse of the order of definition is about the order in which gradients come.
         for name, parameter in reversed(named_parameters):
@@ -137,6 +144,7 @@ class GradientReducer:
                     hook = partial(self._on_gradient, made[-1], index)
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
         self._buckets += made
+        self._audit.expect_more()
         return made
 
     def _make_bucket(
@@ -148,18 +156,18 @@ class GradientReducer:
         placement = (place_whole if whole else place_in_order)(sizes, axis.size)
         dtype = parameters[0].dtype if working is None else working
         grad_dtype = torch.promote_types(dtype, torch.float32) if self._wide else dtype
-        if axis.size == 1:
-            bucket: Bucket = LocalBucket(parameters, placement, axis, divisor, working, grad_dtype, offload)
-        else:
-            bucket = SharedBucket(parameters, placement, axis, divisor, working, grad_dtype, offload, frees=self._frees)
-        if grad_dtype != dtype:
-            for parameter in parameters:
-                parameter.grad_dtype = grad_dtype
+        kind = LocalBucket if axis.size == 1 else SharedBucket
+        bucket = kind(parameters, placement, axis, divisor, working, grad_dtype, offload, self._frees)
+        bucket.acquire()
         return bucket
 
     def share_of(self, bucket: Bucket, index: int) -> float:
         """One over the number of ranks that own the same elements of a parameter."""
         return bucket.axis.size / self._layouts[self._names[id(bucket.parameters[index])]].replication
+
+    def layout_of(self, name: str) -> ParamLayout:
+        """How a parameter is cut."""
+        return self._layouts[name]
 
     def name_of(self, parameter: Parameter) -> str:
         """The qualified name of an adopted parameter."""
@@ -237,9 +245,9 @@ class GradientReducer:
         self._in_pass = False
         for bucket in self._order[self._next : self._regular]:
             self._start(bucket)
-        self._audit.compare(
-            {self.name_of(p): p for bucket in self._active for p in bucket.parameters if p.requires_grad}
-        )
+        if self._audit.is_pending:
+            trained = (p for bucket in self._active for p in bucket.parameters if p.requires_grad)
+            self._audit.compare({self.name_of(parameter): parameter for parameter in trained})
         presence = _Presence(self._mesh, self._order, [self._completion(bucket) for bucket in self._order])
         for bucket in self._order[self._regular :]:
             if any(presence.local[bucket]) or any(presence.everywhere(bucket)):
@@ -292,7 +300,7 @@ class _Presence:
         self._sent: Tensor | None = None
         self._read: list[int] | None = None
         if buckets:
-            self._sent = start_all_reduce_(torch.tensor(flags, device=buckets[0].device), world, "max")
+            self._sent = start_all_reduce_(device_numbers(flags, torch.int32, buckets[0].device), world, "max")
 
     def everywhere(self, bucket: SharedBucket) -> list[bool]:
         """Of which parameters of a bucket some rank has a gradient."""

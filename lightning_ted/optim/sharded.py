@@ -16,6 +16,7 @@ import torch
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ted.errors import UnsupportedError
 from lightning_ted.optim.stand_ins import plain_step
 from lightning_ted.optim.state import load_pieces, owned_state
 from lightning_ted.optim.step import ShardedStep
@@ -26,10 +27,12 @@ class ShardedOptimizer(Optimizer):
 
     Attributes:
         sharded: This rank's share, and the step over it.
+        plain_class: What the optimizer was before.
 
     """
 
     sharded: ShardedStep
+    plain_class: type[Optimizer]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget this optimizer's gradients, those of this rank's share too."""
@@ -39,12 +42,13 @@ class ShardedOptimizer(Optimizer):
     @override
     def state_dict(self) -> dict[str, Any]:
         """As torch's; of each tensor that is shared out, the elements that this rank owns, ``[owned]``."""
-        whole = self.state
+        optimizer = self.sharded.optimizer  # not the proxy that this may be called on
+        whole = optimizer.state
         try:
-            self.state = owned_state(whole, self.sharded.segments)
+            optimizer.state = owned_state(whole, self.sharded.segments)
             return super().state_dict()
         finally:
-            self.state = whole
+            optimizer.state = whole
 
     @override
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -79,6 +83,31 @@ def shard_optimizer(optimizer: Optimizer, step: ShardedStep) -> None:
     optimizer.sharded = step  # type: ignore[attr-defined]
 
 
+def share_of(optimizer: Optimizer) -> ShardedStep:
+    """This rank's share of an optimizer, or of one that a proxy stands for.
+
+    Raises:
+        UnsupportedError: If it has not been sharded.
+
+    """
+    share = getattr(optimizer, "sharded", None)
+    if share is None:
+        raise UnsupportedError(
+            f"This `{type(optimizer).__name__}` is not one of those that `configure_optimizers` returned, so its gradients are not "
+            "averaged over the ranks and cannot be clipped, unscaled or measured."
+        )
+    return share
+
+
+def unshard_optimizer(optimizer: Optimizer) -> None:
+    """Give an optimizer its class back, if it was sharded in an earlier run; its state is that of the elements that this rank
+    stepped, by parameter."""
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.state = owned_state(optimizer.state, optimizer.sharded.segments)
+        optimizer.__class__ = optimizer.plain_class  # type: ignore[assignment]
+        del optimizer.sharded
+
+
 @cache
 def _sharded_class(kind: type[Optimizer]) -> Any:
     update = plain_step(kind)
@@ -96,5 +125,11 @@ def _sharded_class(kind: type[Optimizer]) -> Any:
     hooked.hooked = True  # type: ignore[attr-defined]
     # Tells a scheduler that steps are noted already, in the attribute that it looks at.
     hooked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    names = {"__qualname__": kind.__qualname__, "__module__": kind.__module__, "__doc__": kind.__doc__, "step": hooked}
-    return type(kind.__name__, (ShardedOptimizer, kind), names)
+    own = {
+        "__qualname__": kind.__qualname__,
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+        "step": hooked,
+        "plain_class": kind,
+    }
+    return type(kind.__name__, (ShardedOptimizer, kind), own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +13,11 @@ from lightning_ted.optim.buckets import Bucket, Piece
 
 
 class SharedBucket(Bucket):
-    """A bucket of several ranks; ``frees``: whether gradients outside of this rank's shard are freed when reduced."""
+    """A bucket of several ranks."""
 
-    def __init__(self, *args: object, frees: bool) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
-        self._frees = frees
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._own = slice(*self.placement.borders[self.axis.rank : self.axis.rank + 2])
         self._gathering: Tensor | None = None
         self._grads: Tensor | None = None
         self._grad_views: list[Tensor] = []
@@ -35,14 +36,10 @@ class SharedBucket(Bucket):
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
-    def acquire(self) -> None:
-        super().acquire()
-        low = self.axis.rank * self.placement.shard
-        self._own = slice(low, low + self.placement.shard)
-        self._weights = torch.zeros(self.placement.shard * self.axis.size, dtype=self._working, device=self.device)
+    def _take_weights(self) -> None:
+        self._weights = torch.zeros(self.placement.total, dtype=self._working, device=self.device)
         self._weight_views = self._views(self._weights)
         self.claim_weights()
-        self._versions = self._current_versions()
 
     def claim_weights(self) -> bool:
         moved = False
@@ -56,23 +53,18 @@ class SharedBucket(Bucket):
     def start_gathering_weights(self) -> None:
         if not any(self.is_present(i) or p.grad is not None for i, p in enumerate(self.parameters)):
             return  # on no rank of the axis, so nothing was stepped
-        self._gathering = start_all_gather_(self._weights, self.axis)
+        self._gathering = start_all_gather_(self._weights, self.placement.shards, self.axis)
 
     def wait_for_weights(self) -> None:
         if self._gathering is not None:
             wait(self._gathering)
             self._gathering = None
 
-    def release(self) -> None:
-        self.wait_for_weights()
-        self.absorb_changes()
-        if self.masters is None:
-            return
+    def _give_back(self, masters: Tensor) -> None:
         flat = torch.empty(self._weights.shape, dtype=self._own_dtype, device=self.device)
-        flat[self._own] = self.masters
-        wait(start_all_gather_(flat, self.axis))
-        self.drop_gradients()
-        self.masters, self._weights, self._weight_views = None, flat, self._views(flat)
+        flat[self._own] = masters
+        wait(start_all_gather_(flat, self.placement.shards, self.axis))
+        self._weights, self._weight_views = flat, self._views(flat)
         for parameter, view in zip(self.parameters, self._weight_views, strict=True):
             parameter.data = view
 
@@ -132,7 +124,7 @@ class SharedBucket(Bucket):
                 view.zero_()
             elif parameter.grad is not view:
                 view.copy_(parameter.grad)  # somebody has replaced it
-        self._arriving = start_reduce_scatter(self._grads, self.axis)
+        self._arriving = start_reduce_scatter(self._grads, self.placement.shards, self.axis, self.divisor)
         return self._grads.numel() * self._grads.element_size()
 
     def finish_reducing(self) -> None:
@@ -142,10 +134,8 @@ class SharedBucket(Bucket):
         assert self._grads is not None
         own = self._grads[self._own]
         self._sum = torch.empty_like(own) if self._frees else own
-        finish_reduce_scatter(self._arriving, self._sum, self.axis)
+        finish_reduce_scatter(self._arriving, self._sum, self.placement.shards, self.axis, self.divisor)
         self._arriving = None
-        if self.divisor > 1:
-            self._sum.div_(self.divisor)
         if self._carried is not None:
             self._sum.add_(self._carried)
         if self._frees:
@@ -165,13 +155,7 @@ class SharedBucket(Bucket):
         self._end_pass()
 
     def skip(self) -> None:
-        """End a pass that has brought no rank a gradient."""
-        if self._carried is not None:
-            if self._frees:
-                self._sum = self._carried
-            else:
-                assert self._grads is not None
-                self._sum = self._grads[self._own].copy_(self._carried)
+        """End a pass that has brought no rank a gradient, nor has one before it."""
         self.publish(self._carries)
 
     def _end_pass(self) -> None:
@@ -207,10 +191,6 @@ class SharedBucket(Bucket):
         if self._frees and self._sum is not None:
             self._sum.zero_()
         self._carried = None
-
-    def after_step(self) -> None:
-        if self._frees:
-            self.drop_gradients()
 
     def _gradient_tensors(self) -> list[Tensor]:
         own = [self._sum] if self._frees and self._sum is not None else []

@@ -7,7 +7,7 @@ state itself, a step needs the memory of one tile, however large the share is.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import Adam, AdamW, Optimizer
 
 from lightning_ted.collectives.primitives import all_gather_rows
 from lightning_ted.errors import UnsupportedError
@@ -61,6 +61,10 @@ class ShardedStep:
         device: Where collectives take place.
         options: How it steps.
 
+    Attributes:
+        optimizer: The optimizer.
+        steps: How many steps have been made.
+
     """
 
     def __init__(
@@ -72,7 +76,7 @@ class ShardedStep:
         device: torch.device,
         options: StepOptions,
     ) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._names = names
         self._reducer = reducer
         self._mesh = mesh
@@ -80,11 +84,12 @@ class ShardedStep:
         self._options = options
         self._buckets: list[Bucket] = []
         self._tiles: list[list[Segment]] = []
-        self._adopted: set[Parameter] = set()
+        self._places: dict[Parameter, tuple[Bucket, int]] = {}
         self._store = HostStore(optimizer, device) if options.offload else None
         # By what gradients are to be multiplied as they are read.
         self._scale: Tensor | None = None
         self._norm: tuple[tuple[int, ...], Tensor] | None = None
+        self.steps = 0
         self.adopt()
 
     @property
@@ -100,24 +105,25 @@ class ShardedStep:
         return counts
 
     @property
-    def parameters(self) -> Iterator[Parameter]:
+    def parameters(self) -> Iterable[Parameter]:
         """What it steps, all ranks together."""
-        return (parameter for bucket in self._buckets for parameter in bucket.parameters)
+        return self._places.keys()
 
     def new_parameters(self) -> list[Parameter]:
         """Those that have come to the optimizer, or been unfrozen, since :meth:`adopt` was last called."""
         return [
             parameter
-            for group in self._optimizer.param_groups
+            for group in self.optimizer.param_groups
             for parameter in group["params"]
-            if parameter.requires_grad and parameter not in self._adopted
+            if parameter.requires_grad and parameter not in self._places
         ]
 
     def adopt(self) -> None:
         """Share out the parameters that are new.
 
         Raises:
-            UnsupportedError: For a parameter that the model does not know.
+            UnsupportedError: For a parameter that the model does not know; for one that is cut, if the optimizer has to see whole
+                ones.
 
         """
         new = self.new_parameters()
@@ -126,13 +132,13 @@ class ShardedStep:
         unknown = [parameter for parameter in new if parameter not in self._names]
         if unknown:
             raise UnsupportedError(
-                f"`{type(self._optimizer).__name__}` holds a parameter of shape {tuple(unknown[0].shape)} that was made after "
+                f"`{type(self.optimizer).__name__}` holds a parameter of shape {tuple(unknown[0].shape)} that was made after "
                 "the parameters had been placed on the ranks, so its gradients would not be averaged. Make it in `__init__`, "
                 "`configure_model` or `setup`."
             )
-        self._adopted.update(new)
         # In the order of definition, which is the same on all ranks and about the reverse of that of the gradients.
         wanted = set(new)
+        self._refuse_parts(wanted)
         named = [(name, parameter) for parameter, name in self._names.items() if parameter in wanted]
         options = self._options
         # Stepped in the order of definition, which is about the order in which the next forward wants the weights.
@@ -140,16 +146,27 @@ class ShardedStep:
         tiles = cut_into_tiles(buckets, options.tile_size, options.whole)
         self._buckets += buckets
         self._tiles += tiles
+        self._places.update((p, (bucket, index)) for bucket in buckets for index, p in enumerate(bucket.parameters))
         # What the optimizer has set up for whole parameters, such as Adagrad's initial sums.
-        state = self._optimizer.state
+        state = self.optimizer.state
         found = {parameter: state.pop(parameter) for parameter in new if parameter in state}
         load_pieces(state, found, [segment for tile in tiles for segment in tile], wanted)
 
+    def _refuse_parts(self, parameters: Collection[Parameter]) -> None:
+        names = (self._names[parameter] for parameter in parameters)
+        cut = [name for name in names if self._reducer.layout_of(name).cuts]
+        if self._options.whole and cut:
+            raise UnsupportedError(
+                f"`{type(self.optimizer).__name__}` cannot step '{min(cut)}', of which each rank holds a part: its update mixes "
+                "the elements of a parameter. Use an elementwise optimizer, such as `AdamW` or `SGD`, for what is cut at least: "
+                "`configure_optimizers` may return several."
+            )
+
     def counted_on_device(self) -> set[Parameter]:
         """The parameters whose count of steps the optimizer reads on their device."""
-        with _fused_where_possible(self._optimizer, self._device):
-            groups = [group for group in self._optimizer.param_groups if group.get("fused") or group.get("capturable")]
-            return {parameter for group in groups for parameter in group["params"]}
+        groups = [group for group in self.optimizer.param_groups if group.get("fused") or group.get("capturable")]
+        groups += _fused_groups(self.optimizer, self._device)
+        return {parameter for group in groups for parameter in group["params"]}
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -169,6 +186,8 @@ class ShardedStep:
         """Give the parameters back in their own dtype. A collective."""
         for bucket in self._buckets:
             bucket.release()
+        for segment in self.segments:
+            segment.attach()
 
     @torch.no_grad()
     def update_masters(self, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -195,6 +214,13 @@ class ShardedStep:
         """Whether some gradients have not been reduced."""
         return any(bucket.pending for bucket in self._buckets)
 
+    def _require_reduced(self, what: str) -> None:
+        if self.has_unreduced and self._mesh.topology.world_size > 1:
+            raise UnsupportedError(
+                f"The {what} is known once gradients have been averaged over the ranks, and not between backward passes that "
+                "accumulate. Ask for it in `on_before_optimizer_step`; in manual optimization, after a pass that synchronises."
+            )
+
     def _gradients(self) -> list[tuple[Tensor, float]]:
         pairs = [
             (bucket.gradient_of(piece), self._reducer.share_of(bucket, piece.index))
@@ -208,7 +234,12 @@ class ShardedStep:
         been. 0-dim, float64, the same on every rank.
 
         Every rank has to call it. It is computed once for the same gradients, whoever asks.
+
+        Raises:
+            UnsupportedError: If there are gradients that have not been averaged over the ranks.
+
         """
+        self._require_reduced("norm")
         version = tuple(number for bucket in self._buckets for number in bucket.gradient_version())
         if self._norm is None or self._norm[0] != (self._reducer.passes, *version):
             gradients = self._gradients()
@@ -216,22 +247,16 @@ class ShardedStep:
             self._norm = ((self._reducer.passes, *version), norm)
         return self._norm[1] if self._scale is None else self._norm[1] * self._scale
 
-    def _place_of(self, parameter: Parameter) -> tuple[Bucket, int]:
-        places = ((bucket, i) for bucket in self._buckets for i, p in enumerate(bucket.parameters) if p is parameter)
-        return next(places)
-
     def gather(self, parameter: Parameter, owned: Tensor) -> Tensor:
         """This rank's part of a parameter (or of what belongs to its elements), from what each rank owns of it, ``[owned]``.
         A collective.
         """
-        bucket, index = self._place_of(parameter)
-        return all_gather_rows(owned, bucket.placement.counts(index, bucket.axis.size), bucket.axis).view(
-            parameter.shape
-        )
+        bucket, index = self._places[parameter]
+        return all_gather_rows(owned, bucket.placement.counts(index), bucket.axis).view(parameter.shape)
 
     def gather_master(self, parameter: Parameter) -> Tensor | None:
         """The master weights of this rank's part of a parameter; None if it is its own master. A collective."""
-        bucket, index = self._place_of(parameter)
+        bucket, index = self._places[parameter]
         if bucket.masters is None:
             return None
         owned = [bucket.master_of(piece) for piece in bucket.pieces if piece.index == index]
@@ -241,8 +266,13 @@ class ShardedStep:
     def local_gradient(self, parameter: Parameter) -> Tensor | None:
         """The reduced gradient of this rank's part of a parameter, put together from all that own some of it; None if it has
         none. Scaled as :meth:`grad_norm`. A collective.
+
+        Raises:
+            UnsupportedError: If there are gradients that have not been averaged over the ranks.
+
         """
-        bucket, index = self._place_of(parameter)
+        self._require_reduced(f"gradient of '{self._names[parameter]}'")
+        bucket, index = self._places[parameter]
         if not bucket.is_present(index):
             return None
         owned = parameter.new_empty(0, dtype=bucket.grad_dtype)
@@ -252,6 +282,20 @@ class ShardedStep:
             owned = owned.new_zeros(piece.stop - piece.start) if gradient is None else gradient
         full = self.gather(parameter, owned)
         return full if self._scale is None else full.to(torch.promote_types(full.dtype, torch.float32)) * self._scale
+
+    @torch.no_grad()
+    def apply_scale(self) -> None:
+        """Multiply the gradients by what has been noted, before others are added to them."""
+        if self._scale is not None:
+            for gradient, _ in self._gradients():
+                gradient.mul_(self._scale.to(torch.promote_types(gradient.dtype, torch.float32)))
+            self._scale = self._norm = None
+
+    def skip(self) -> None:
+        """End a step that is not made, because its gradients have overflowed."""
+        self._scale = None
+        for bucket in self._buckets:
+            bucket.after_step()
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients by a 0-dim tensor, when they are next read by a step."""
@@ -264,6 +308,7 @@ class ShardedStep:
     @torch.no_grad()
     def clip_by_value(self, limit: float) -> None:
         """Limit each element of the gradients to ``[-limit, limit]``."""
+        self._norm = None  # also where this rank owns nothing: the next one is a collective
         for gradient, _ in self._gradients():
             if self._scale is None:
                 gradient.clamp_(-limit, limit)
@@ -277,7 +322,7 @@ class ShardedStep:
     def step(self, update: Update) -> None:
         """Step this rank's share by ``update``, the optimizer's own arithmetic, and exchange the weights. A collective."""
         self._reattach()
-        group_of = {p: index for index, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        group_of = {p: index for index, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         work = [Work.of(tile, group_of) for tile in self._tiles]
         work = [one for one in work if one.parts]
         tiles = [one.tile for one in work]
@@ -285,8 +330,8 @@ class ShardedStep:
         left = Counter(segment.bucket for tile in tiles for segment in tile)
         # In one order on all ranks, whatever they own.
         waiting = deque(self._buckets)
-        with _fused_where_possible(self._optimizer, self._device), _without_hooks(self._optimizer):
-            stepper = StandInStepper(self._optimizer, update)
+        with _fused_where_possible(self.optimizer, self._device), _without_hooks(self.optimizer):
+            stepper = StandInStepper(self.optimizer, update)
             # First, so that it goes on behind the last tile, too.
             for _, one in zip(tiles if self._store is None else self._store.visit(tiles), work, strict=True):
                 _step_tile(one, stepper, buffer)
@@ -301,6 +346,7 @@ class ShardedStep:
                 bucket.wait_for_weights()
             bucket.after_step()
         self._scale = None
+        self.steps += 1
 
     def _reattach(self) -> None:
         """Follow parameters whose memory somebody has replaced."""
@@ -353,11 +399,7 @@ def _without_hooks(optimizer: Optimizer) -> Iterator[None]:
 @contextmanager
 def _fused_where_possible(optimizer: Optimizer, device: torch.device) -> Iterator[None]:
     """Groups that leave the choice of an implementation to torch step fused within the context."""
-    chosen: list[dict[str, Any]] = []
-    if isinstance(optimizer, (Adam, AdamW, SGD)) and device.type in ("cpu", "cuda"):
-        chosen = [group for group in optimizer.param_groups if group.get("fused", 0) is group.get("foreach", 0) is None]
-    chosen = [group for group in chosen if not group.get("differentiable")]
-    chosen = [group for group in chosen if all(parameter.is_floating_point() for parameter in group["params"])]
+    chosen = _fused_groups(optimizer, device)
     for group in chosen:
         group["fused"] = True
     try:
@@ -365,3 +407,18 @@ def _fused_where_possible(optimizer: Optimizer, device: torch.device) -> Iterato
     finally:
         for group in chosen:
             group["fused"] = None
+
+
+def _fused_groups(optimizer: Optimizer, device: torch.device) -> list[dict[str, Any]]:
+    """The groups that may step fused and do not say how they want to step."""
+    # Not SGD: fused, the momentum of all parameters has to begin in the same step, and torch's kernel for CPUs leaves 16-bit
+    # weights as they are.
+    if not isinstance(optimizer, (Adam, AdamW)) or device.type not in ("cpu", "cuda"):
+        return []
+    return [
+        group
+        for group in optimizer.param_groups
+        if group.get("fused", 0) is group.get("foreach", 0) is None
+        and not group.get("differentiable")
+        and all(parameter.is_floating_point() for parameter in group["params"])
+    ]

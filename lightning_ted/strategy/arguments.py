@@ -39,8 +39,8 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sequence_parallel": (lambda value: isinstance(value, bool), "True or False"),
     "duplicate_token_dropping": (lambda value: isinstance(value, bool), "True or False"),
     "zero_stage": (
-        lambda value: value in (1, 2) and not isinstance(value, bool),
-        "1 or 2: 3, which shares out the weights, too, is not there yet",
+        lambda value: type(value) is int and value in (1, 2),
+        "1 or 2 (3, which would share out the weights, too, is not there yet)",
     ),
     "optimizer_tile_size": (
         lambda value: value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0),

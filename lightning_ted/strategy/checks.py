@@ -198,32 +198,23 @@ def _replacement(
     return replacement
 
 
-def needs_whole_parameters(
-    optimizer: Optimizer, parameters: Mapping[str, Parameter], layouts: Mapping[str, ParamLayout]
-) -> bool:
+def needs_whole_parameters(optimizer: Optimizer) -> bool:
     """Whether an optimizer has to see whole parameters, because its update mixes the elements of one.
 
     Raises:
-        UnsupportedError: If it steps a parameter of which each rank holds a part; if it mixes parameters; or if that cannot be
-            found out.
+        UnsupportedError: If it mixes parameters, or if that cannot be found out.
 
     """
     kind = type(optimizer)
     update = "elementwise" if kind in _ELEMENTWISE else update_kind(optimizer)
-    use = "Use an elementwise optimizer, such as `AdamW` or `SGD`"
-    if update == "parameterwise":
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        cut = [name for name, parameter in parameters.items() if id(parameter) in stepped and layouts[name].cuts]
-        if cut:
-            raise UnsupportedError(
-                f"`{kind.__name__}` cannot step '{cut[0]}', of which each rank holds a part: its update mixes the elements of a "
-                f"parameter. {use}, for what is cut at least: `configure_optimizers` may return several."
-            )
-    elif update != "elementwise":
-        why = "mixes parameters" if update == "coupled" else "could not be tried out on small matrices (a closure?)"
+    if update in ("coupled", "unknown"):
+        why = {
+            "coupled": "mixes parameters, or depends on how often it is called (a count or random numbers of its own)",
+            "unknown": "could not be tried out on small matrices (does it want a closure, or sparse gradients?)",
+        }[update]
         raise UnsupportedError(
             f"`{kind.__name__}` cannot be used with `TEDStrategy`, which shares out what is stepped over ranks and tiles: its "
-            f"update {why}. {use}."
+            f"update {why}. Use an elementwise optimizer, such as `AdamW` or `SGD`."
         )
     return update == "parameterwise"
 

@@ -20,12 +20,15 @@ from lightning.pytorch.plugins.precision import (
 )
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ted.errors import UnsupportedError
-from lightning_ted.optim.step import ShardedStep
+from lightning_ted.optim.sharded import share_of
+
+#: Layers whose kernels want weights in 32 bits: in the dtype of running statistics, or of inputs that autocast leaves alone.
+_WANT_WIDE_WEIGHTS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.Bilinear)
 
 
 class ShardedPrecision(Precision):
@@ -33,11 +36,11 @@ class ShardedPrecision(Precision):
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        _share_of(optimizer).clip_by_norm(float(clip_val))
+        share_of(optimizer).clip_by_norm(float(clip_val))
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        _share_of(optimizer).clip_by_value(float(clip_val))
+        share_of(optimizer).clip_by_value(float(clip_val))
 
 
 class ShardedScaler(GradScaler):
@@ -47,21 +50,19 @@ class ShardedScaler(GradScaler):
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> dict[torch.device, Tensor]:
-        share = _share_of(optimizer)
+        share = share_of(optimizer)
         norm = share.grad_norm()
         share.scale_gradients(inv_scale)
         return {norm.device: (~norm.isfinite()).to(found_inf.dtype)}
 
-
-def _share_of(optimizer: Optimizer) -> ShardedStep:
-    # Not by its type: a module may hand over the proxy of an optimizer.
-    share = getattr(optimizer, "sharded", None)
-    if share is None:
-        raise UnsupportedError(
-            f"This `{type(optimizer).__name__}` is not one of those that `configure_optimizers` returned, so its gradients are not "
-            "averaged over the ranks and cannot be clipped or unscaled."
-        )
-    return share
+    @override
+    def _maybe_opt_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        share = share_of(optimizer)
+        before = share.steps
+        result = super()._maybe_opt_step(optimizer, *args, **kwargs)
+        if share.steps == before:
+            share.skip()
+        return result
 
 
 def for_shards(plugin: Precision) -> Precision:
@@ -87,9 +88,8 @@ def working_dtypes(plugin: Precision, module: nn.Module) -> dict[str, torch.dtyp
     if not isinstance(plugin, MixedPrecision):
         return {}
     working = torch.float16 if plugin.precision == "16-mixed" else torch.bfloat16
-    # Kernels of batch normalisation want its weights in the dtype of the running statistics.
-    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    kept = {parameter for layer in norms for parameter in layer.parameters(recurse=False)}
+    wide = [layer for layer in module.modules() if isinstance(layer, _WANT_WIDE_WEIGHTS)]
+    kept = {parameter for layer in wide for parameter in layer.parameters(recurse=False)}
     kinds = (torch.float32, torch.float16, torch.bfloat16)
     return {name: working for name, p in module.named_parameters() if p.dtype in kinds and p not in kept}
 

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import ParamLayout
+from lightning_ted.optim.sharded import unshard_optimizer
 from lightning_ted.strategy import checks
 from lightning_ted.strategy.arrival import wait_for_own, wait_in_forward
 from lightning_ted.strategy.partition import PartitionOptions
@@ -54,6 +55,8 @@ class SteppingStrategy(RankedStrategy):
         working = working_dtypes(self.precision_plugin, module)
         checks.refuse_averaging_of_rounded_weights(trainer, working)
         super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            unshard_optimizer(optimizer)  # one from an earlier run
         checks.replace_parameters(self.optimizers, module, self._names_at_connect)
         self._training = Training(
             named,
@@ -64,9 +67,7 @@ class SteppingStrategy(RankedStrategy):
             working,
             self.root_device,
         )
-        self._training.shard(
-            self.optimizers, lambda optimizer: checks.needs_whole_parameters(optimizer, named, layouts)
-        )
+        self._training.shard(self.optimizers, checks.needs_whole_parameters)
         checks.warn_of_unstepped(module, self.optimizers)
         if self._training_options.overlap_weights:
             checks.refuse_averaging_of_late_weights(trainer)
@@ -101,7 +102,8 @@ class SteppingStrategy(RankedStrategy):
 
     def _end_training(self) -> None:
         if self._training is not None:
-            self._training.release()
+            if not self._training.is_released:
+                self._training.release()
             self._training.close()
             self._training = None
 

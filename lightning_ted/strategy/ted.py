@@ -292,7 +292,7 @@ class TEDStrategy(SteppingStrategy):
         if self._training is not None:
             self._training.wait_for_weights()
             self._training.update_masters()
-            masters["master_of"] = self._training.master_of
+            masters["master_of"] = self._training.find_masters()
         full = self._single_file().joined(checkpoint, self.optimizers, self.is_global_zero, **masters)
         super().save_checkpoint(full, path, storage_options)
 

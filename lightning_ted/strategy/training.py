@@ -18,7 +18,7 @@ from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.buckets import Bucket
 from lightning_ted.optim.reducer import GradientReducer
-from lightning_ted.optim.sharded import shard_optimizer
+from lightning_ted.optim.sharded import shard_optimizer, share_of
 from lightning_ted.optim.step import ShardedStep, StepOptions
 from lightning_ted.strategy.partition import PartitionOptions
 
@@ -50,6 +50,7 @@ class Training:
         reducer: Reduces the gradients.
         bucket_of: Where updated weights may be on their way, if they may arrive late.
         hooks: What :meth:`close` removes.
+        is_released: Whether the module has its weights back.
 
     Args:
         parameters: The parameters, cut, by qualified name.
@@ -81,6 +82,7 @@ class Training:
         self._steps: dict[Optimizer, ShardedStep] = {}
         self.bucket_of: dict[Parameter, Bucket] = {}
         self.hooks: list[Any] = []
+        self.is_released = False
         self.reducer = GradientReducer(
             mesh, layouts, _expert_duplicates(mesh, partition), options.zero_stage, options.wide_gradients
         )
@@ -133,11 +135,13 @@ class Training:
 
     def acquire(self) -> None:
         """Let the module compute with working weights."""
+        self.is_released = False
         for step in self._steps.values():
             step.acquire()
 
     def release(self) -> None:
         """Give the module its weights back as it had them. A collective."""
+        self.is_released = True
         for step in self._steps.values():
             step.release()
 
@@ -152,15 +156,21 @@ class Training:
         for step in self._steps.values():
             step.update_masters(state)
 
-    def master_of(self, tensor: Tensor) -> Tensor | None:
-        """This rank's part of the masters of the working weight that ``tensor`` shares memory with. A collective; None, without
-        communicating, if there are none.
+    def find_masters(self) -> Callable[[Tensor], Tensor | None]:
+        """Gives, for a tensor that shares memory with a working weight, this rank's part of the masters. A collective; None,
+        without communicating, for other tensors.
         """
-        for step in self._steps.values():
-            for parameter in step.parameters:
-                if parameter.data_ptr() == tensor.data_ptr() and parameter.shape == tensor.shape:
-                    return step.gather_master(parameter)
-        return None
+        places = {
+            (parameter.data_ptr(), parameter.shape): (step, parameter)
+            for step in self._steps.values()
+            for parameter in step.parameters
+        }
+
+        def master_of(tensor: Tensor) -> Tensor | None:
+            step, parameter = places.get((tensor.data_ptr(), tensor.shape), (None, None))
+            return None if step is None or parameter is None else step.gather_master(parameter)
+
+        return master_of
 
     def close(self) -> None:
         """Listen to parameters and modules no more."""
@@ -174,6 +184,8 @@ class Training:
     def backward(self) -> Iterator[None]:
         """Reduce the gradients of the backward pass within the context, unless passes accumulate."""
         self._adopt_in_step()
+        for step in self._steps.values():
+            step.apply_scale()
         self.reducer.begin_pass()
         yield
         self.reducer.end_pass()
@@ -195,7 +207,7 @@ class Training:
     def grad_norm(self, optimizer: Optimizer | None = None) -> Tensor:
         """The norm of the gradients of one optimizer, or of all."""
         if optimizer is not None:
-            return optimizer.sharded.grad_norm()  # type: ignore[attr-defined]  # of a proxy, too
+            return share_of(optimizer).grad_norm()
         norms = [step.grad_norm() for step in self._steps.values()]
         zero = torch.zeros((), dtype=torch.double, device=self._device)
         return norms[0] if len(norms) == 1 else torch.stack([*norms, zero]).square().sum().sqrt()

@@ -261,11 +261,11 @@ def gradient_groups(topology):
         assert (axis.size, axis.rank, axis.name) == (plain.size, plain.rank, plain.name)
         if axis.size > 1:
             assert dist.get_process_group_ranks(axis.group) == dist.get_process_group_ranks(plain.group)
-    used = {mesh.axis(name).group for name in ("tensor", "expert", "expert_tensor")}
+    used = {mesh.axis(name).group for name in AXIS_NAMES}
     return {name: axis.size == 1 or axis.group not in used for name, axis in made.items()}
 
 
 @pytest.mark.parametrize("topology", [Topology(4, 1, 4), Topology(4, 2, 2), Topology(4, 2, 4, 1), Topology(4, 4, 1, 4)])
-def test_gradients_are_not_reduced_in_a_group_that_tokens_are_exchanged_in(pools, topology):
+def test_gradients_are_reduced_in_groups_of_their_own(pools, topology):
     for rank in pools(4).run(gradient_groups, topology):
         assert all(rank.values())

@@ -139,7 +139,9 @@ def _gradient_dtypes(wide: bool) -> tuple[set[torch.dtype], float]:
     class _Seen(Toy):
         def on_after_backward(self) -> None:
             self.dtypes = {p.grad.dtype for p in self.parameters()}  # type: ignore[union-attr]
-            self.norm = self.trainer.strategy.grad_norm().item()
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.norm = self.trainer.strategy.grad_norm(optimizer).item()
 
     run = trainer("tp2", precision="bf16-mixed", max_steps=1, accumulate_grad_batches=2)
     run.strategy._training_options = run.strategy._training_options.__class__(wide_gradients=wide)
@@ -207,6 +209,14 @@ class _ChangesByHand(Toy):
         super().__init__("sgd", lr=1e-9)
         self.how = how
 
+    def on_fit_start(self) -> None:
+        if self.how == "on_fit_start":
+            torch.nn.init.constant_(self.net.head.weight, 3.0)
+
+    def on_train_start(self) -> None:
+        if self.how == "on_train_start":
+            self.load_state_dict(self.state_dict() | {"net.head.weight": torch.full((1, 8), 3.0)})
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         weight = self.net.head.weight
         if batch_idx != 1:
@@ -227,7 +237,39 @@ def _change(how: str) -> Tensor:
     return whole_weights(run)["net.head.weight"]
 
 
-@pytest.mark.parametrize("how", ["replaced", "in place", "data"])
+@pytest.mark.parametrize("how", ["replaced", "in place", "data", "on_fit_start", "on_train_start"])
 def test_weights_that_are_changed_by_hand_stay_changed(pools: Pools, how: str) -> None:
     for weight in pools(4).run(_change, how):
         torch.testing.assert_close(weight, torch.full_like(weight, 3.0))
+
+
+class _Normalises(Toy):
+    """Layers on inputs that autocast leaves in fp32."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd")
+        self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(8), torch.nn.GroupNorm(2, 8), torch.nn.BatchNorm1d(8)])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0]
+        for norm in self.norms:
+            x = norm(x.float())
+        return torch.nn.functional.mse_loss(self.net(x), batch[1])
+
+
+def _normalise() -> set[torch.dtype]:
+    run = _trainer("bf16-mixed", max_steps=2)
+    seen: set[torch.dtype] = set()
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            seen.update(p.dtype for p in pl_module.norms.parameters())
+            assert pl_module.net.head.weight.dtype == torch.bfloat16
+
+    run.callbacks.append(Look())
+    run.fit(_Normalises(), loader())
+    return seen
+
+
+def test_normalisation_keeps_weights_in_32_bits(pools: Pools) -> None:
+    assert pools(2).run(_normalise) == [{torch.float32}] * 2

@@ -8,11 +8,17 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_ted.errors import UnsupportedError
+from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.shared_bucket import SharedBucket
+from lightning_ted.topology import Topology
 from tests.support.pool import Pools
 from tests.support.stepping import (
     ELEMENTWISE,
     SHAPES,
+    backward,
+    make_training,
+    mesh_of_world,
     twin_of,
     two_groups,
 )
@@ -110,7 +116,7 @@ def _held(stage: int, name: str, tile_size: int) -> dict[str, int]:
         for value in (value for value in vars(bucket).values() if isinstance(value, Tensor)):
             if value is not bucket._weights:
                 kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-    shards = sum(bucket.placement.shard for bucket in buckets.values())
+    shards = sum(bucket.placement.shards[bucket.axis.rank] for bucket in buckets.values())
     twin.step()
     # Of the number without dimension, too.
     state = sum(v.numel() for entries in twin.optimizer.state.values() for k, v in entries.items() if k != "step")
@@ -201,3 +207,66 @@ def test_owned_and_whole_state_is_taken_over(pools: Pools) -> None:
     for name in ("Adam", "Adagrad", "ASGD", "Lion"):
         for errors in pools(4).run(_loaded, name):
             assert max(errors.values()) < 1e-6
+
+
+def _uneven_wholes() -> tuple[float, list[int]]:
+    """Of three matrices on two ranks, one is larger than the others together."""
+    kind = torch.optim.Adafactor
+    twin = twin_of(1, lambda p: kind(p.values(), lr=0.1), shapes=[(40, 50), (3, 5), (4, 7)], whole=True)
+    twin.train(3)
+    (bucket,) = {bucket for bucket, _ in twin.share._places.values()}
+    return twin.error(), bucket.placement.shards
+
+
+def test_whole_parameters_take_no_more_memory_than_they_have_elements(pools: Pools) -> None:
+    for error, shards in pools(2).run(_uneven_wholes):
+        assert error < 1e-12
+        assert shards == [2016, 32 + 32]
+
+
+def _large_half_gradients() -> float:
+    parameters = {"p": torch.nn.Parameter(torch.zeros(64, dtype=torch.float16))}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    training = make_training(parameters, mesh_of_world(), [optimizer])
+    backward(training, parameters, {"p": torch.full((64,), 40000.0)})
+    gradient = training.full_gradient("p")
+    assert gradient is not None
+    return gradient.float().max().item()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sums_of_fp16_gradients_may_be_larger_than_fp16_numbers(pools: Pools, world: int) -> None:
+    assert pools(world).run(_large_half_gradients) == [40000.0] * world
+
+
+def _norm_after_clipping_by_value() -> float:
+    parameters = {"p": torch.nn.Parameter(torch.zeros(10))}  # the second rank owns nothing of it
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    training = make_training(parameters, TEDMesh(Topology(2)), [optimizer])
+    backward(training, parameters, {"p": torch.full((10,), 3.0)})
+    assert training.grad_norm().item() == pytest.approx(3 * 10**0.5)
+    optimizer.sharded.clip_by_value(1.0)  # type: ignore[attr-defined]
+    return training.grad_norm().item()
+
+
+def test_norm_is_taken_again_on_all_ranks_after_clipping_by_value(pools: Pools) -> None:
+    assert pools(2).run(_norm_after_clipping_by_value) == [pytest.approx(10**0.5)] * 2
+
+
+def _norm_while_accumulating() -> str:
+    parameters = {"p": torch.nn.Parameter(torch.zeros(10))}
+    training = make_training(parameters, TEDMesh(Topology(2)), [torch.optim.SGD(parameters.values(), lr=1.0)])
+    backward(training, parameters, {"p": torch.ones(10)}, last=False)
+    messages = []
+    for ask in (training.grad_norm, lambda: training.full_gradient("p")):
+        try:
+            ask()
+        except UnsupportedError as error:
+            messages.append(str(error))
+    return " ".join(messages)
+
+
+def test_norm_of_gradients_that_accumulate_is_refused(pools: Pools) -> None:
+    for message in pools(2).run(_norm_while_accumulating):
+        assert "The norm is known once" in message and "The gradient of 'p' is known once" in message
+        assert "on_before_optimizer_step" in message

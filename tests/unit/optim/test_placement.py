@@ -35,11 +35,11 @@ def test_pieces_lie_in_their_shard_one_after_the_other(place: Place) -> None:
     for sizes, ranks in _draws():
         placement = place(sizes, ranks)
         for rank in range(ranks):
-            end = rank * placement.shard
+            end = placement.borders[rank]
             for index, start, stop in placement.owned(rank):
                 assert start < stop and placement.offsets[index] + start >= end, (sizes, ranks)
                 end = placement.offsets[index] + stop
-            assert end <= (rank + 1) * placement.shard, (sizes, ranks)
+            assert end <= placement.borders[rank + 1], (sizes, ranks)
 
 
 @both
@@ -48,7 +48,7 @@ def test_counts_are_those_of_what_ranks_own(place: Place) -> None:
         placement = place(sizes, ranks)
         for index in range(len(sizes)):
             own = [sum(stop - start for i, start, stop in placement.owned(rank) if i == index) for rank in range(ranks)]
-            assert placement.counts(index, ranks) == own, (sizes, ranks)
+            assert placement.counts(index) == own, (sizes, ranks)
 
 
 @both
@@ -56,14 +56,14 @@ def test_parameters_and_shards_are_aligned(place: Place) -> None:
     for sizes, ranks in _draws():
         placement = place(sizes, ranks)
         assert placement.sizes == tuple(sizes)
-        assert all(offset % ALIGNMENT == 0 for offset in (*placement.offsets, placement.shard))
+        assert all(offset % ALIGNMENT == 0 for offset in (*placement.offsets, *placement.borders))
 
 
 def test_in_order_shards_are_no_longer_than_they_must_be() -> None:
     for sizes, ranks in _draws():
         placement = place_in_order(sizes, ranks)
         aligned = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-        assert aligned <= placement.shard * ranks < aligned + ranks * ALIGNMENT, (sizes, ranks)
+        assert aligned <= placement.total < aligned + ranks * ALIGNMENT, (sizes, ranks)
         assert list(placement.offsets) == sorted(placement.offsets)
 
 
@@ -81,7 +81,7 @@ def test_whole_placement_is_balanced_to_the_largest_parameter() -> None:
         for rank in range(ranks):
             filled[rank] = sum(-(-sizes[index] // ALIGNMENT) * ALIGNMENT for index, _, _ in placement.owned(rank))
         assert max(filled) - min(filled) <= max(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
-        assert placement.shard == max(filled)
+        assert placement.shards == filled
 
 
 @both

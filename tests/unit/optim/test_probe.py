@@ -255,3 +255,17 @@ def test_it_stays_on_the_cpu() -> None:
     optimizer = torch.optim.AdamW(parameters())
     with torch.device("meta"):
         assert update_kind(optimizer) == "elementwise"
+
+
+class OnLargeOnes(torch.optim.SGD):
+    """Centres the gradients of large matrices."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad.dim() > 1 and parameter.shape[-1] >= 128:
+                parameter.grad.sub_(parameter.grad.mean(-1, keepdim=True))
+        return super().step(closure)
+
+
+def test_a_rule_for_large_matrices_is_seen() -> None:
+    assert update_kind(OnLargeOnes(parameters(), lr=0.1)) == "parameterwise"

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.optim.sharded import ShardedOptimizer
+from lightning_ted.optim.sharded import ShardedOptimizer, unshard_optimizer
 from lightning_ted.topology import Topology
 from tests.support.stepping import ELEMENTWISE, Twin, backward, gradients, make_parameters, make_training, two_groups
 
@@ -232,3 +232,76 @@ def test_complex_weights_are_stepped() -> None:
         oracle.step()
         optimizer.zero_grad()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_parameter_whose_first_gradient_comes_later_steps_as_by_torch(name: str) -> None:
+    twin = _twin(name, [(64,), (64,), (32,)])
+    for step in range(3):
+        twin.zero_grad()
+        twin.backward(step, without=lambda _, step=step: ["p1"] if step == 0 else [])
+        twin.step()
+    assert twin.error() < 1e-12
+
+
+def test_sgd_moves_16_bit_weights_as_torch_does() -> None:
+    ours, theirs = (make_parameters([(64,)], torch.bfloat16) for _ in range(2))
+    sharded, plain = (torch.optim.SGD(parameters.values(), lr=0.5) for parameters in (ours, theirs))
+    training = make_training(ours, TEDMesh(Topology(1)), [sharded])
+    backward(training, ours, gradients(ours, 0))
+    theirs["p0"].grad = gradients(theirs, 0)["p0"].bfloat16()
+    sharded.step()
+    plain.step()
+    assert torch.equal(ours["p0"], theirs["p0"])
+
+
+def test_a_clipped_gradient_stays_clipped_when_another_is_added() -> None:
+    parameters = {"p": Parameter(torch.zeros(2))}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    training = make_training(parameters, TEDMesh(Topology(1)), [optimizer])
+    backward(training, parameters, {"p": torch.tensor([10.0, 0.0])})
+    optimizer.sharded.clip_by_norm(1.0)  # type: ignore[attr-defined]
+    backward(training, parameters, {"p": torch.tensor([0.0, 1.0])})
+    optimizer.step()
+    torch.testing.assert_close(parameters["p"].detach(), torch.tensor([-1.0, -1.0]))
+
+
+def test_the_factor_of_gradients_that_are_gone_is_gone() -> None:
+    parameters = {"p": Parameter(torch.ones(1))}
+    optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+    training = make_training(parameters, TEDMesh(Topology(1)), [optimizer])
+    share = optimizer.sharded  # type: ignore[attr-defined]
+    backward(training, parameters, {"p": torch.tensor([float("inf")])})
+    share.scale_gradients(torch.tensor(2.0**-16))
+    parameters["p"].grad = None
+    backward(training, parameters, {"p": torch.tensor([2.0**16])})
+    share.scale_gradients(torch.tensor(2.0**-16))
+    optimizer.step()
+    assert parameters["p"].item() == 0.0
+
+
+def test_an_optimizer_may_be_sharded_again() -> None:
+    twin = _twin("AdamW")
+    twin.train(2)
+    twin.training.close()
+    unshard_optimizer(twin.optimizer)
+    assert type(twin.optimizer) is torch.optim.AdamW
+    twin.training = make_training(twin.ours, twin.mesh, [twin.optimizer], tile_size=64)
+    twin.train(2, seed=1)
+    assert twin.error() < 1e-12
+
+
+def test_gradients_get_the_dtype_of_this_run_and_not_of_the_one_before() -> None:
+    parameters = make_parameters([(64,)], torch.float32)
+    for wide in (True, False, True):
+        optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+        training = make_training(
+            parameters, TEDMesh(Topology(1)), [optimizer], working=torch.bfloat16, wide=wide, zero_stage=2
+        )
+        backward(training, parameters, gradients(parameters, 0))
+        assert parameters["p0"].grad is not None
+        assert parameters["p0"].grad.dtype == (torch.float32 if wide else torch.bfloat16)
+        optimizer.step()
+        assert parameters["p0"].grad is None
+        training.release()
+        training.close()

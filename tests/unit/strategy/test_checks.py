@@ -16,11 +16,13 @@ from torch import nn
 from lightning_ted import MoE, TEDStrategy
 from lightning_ted.errors import LayoutError, PlanError, TEDError, UnsupportedError
 from lightning_ted.layout import Cut, ParamLayout
+from lightning_ted.mesh import TEDMesh
 from lightning_ted.strategy import checks
 from lightning_ted.strategy.hints import add_hint
 from lightning_ted.strategy.metrics import reduce_over
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import Topology
+from tests.support.reduced import training_of
 
 
 class _OnlyExperts(BoringModel):
@@ -121,36 +123,30 @@ class _ByGlobalNorm(torch.optim.SGD):
         return super().step(closure)
 
 
-def _needs_whole(optimizer: torch.optim.Optimizer, model: BoringModel, cut: bool = True) -> bool:
-    parameters = dict(model.named_parameters())
-    layouts = {name: ParamLayout(name, tuple(p.shape)) for name, p in parameters.items()}
-    if cut:
-        layouts["layer.weight"] = ParamLayout("layer.weight", (4, 32), (Cut(0, "tensor", 2, (4,)),))
-    return checks.needs_whole_parameters(optimizer, parameters, layouts)
-
-
-@pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, _MySGD])
-def test_elementwise_optimizers_may_step_parts(kind: Any, cut: bool) -> None:
-    model = BoringModel()
-    assert not _needs_whole(kind(model.parameters(), lr=0.1), model, cut)
+def test_elementwise_optimizers_may_step_parts(kind: Any) -> None:
+    assert not checks.needs_whole_parameters(kind(BoringModel().parameters(), lr=0.1))
 
 
 @pytest.mark.parametrize("kind", [_ByNorm, torch.optim.Adafactor])
 def test_optimizers_that_mix_elements_step_whole_parameters_only(kind: Any) -> None:
     model = BoringModel()
-    assert _needs_whole(kind(model.parameters(), lr=0.1), model, cut=False)
+    parameters = dict(model.named_parameters())
+    layouts = {name: ParamLayout(name, tuple(p.shape)) for name, p in parameters.items()}
+    layouts["layer.weight"] = ParamLayout("layer.weight", (4, 32), (Cut(0, "tensor", 2, (4,)),))
+    optimizer = kind([model.layer.bias], lr=0.1)
+    assert checks.needs_whole_parameters(optimizer)
+    training = training_of(model, TEDMesh(Topology(1)), layouts, optimizer, whole=True)
+    # In mid-run, as finetuning does.
+    optimizer.add_param_group({"params": [model.layer.weight]})
     with pytest.raises(UnsupportedError, match=rf"`{kind.__name__}` cannot step 'layer.weight', .* mixes the elements"):
-        _needs_whole(kind(model.parameters(), lr=0.1), model)
-    # It may step what is not cut.
-    assert _needs_whole(kind([model.layer.bias], lr=0.1), model)
+        training.adopt_new_parameters()
 
 
 @pytest.mark.parametrize(("kind", "why"), [(_ByGlobalNorm, "mixes parameters"), (torch.optim.LBFGS, "closure")])
 def test_optimizers_that_mix_parameters_or_cannot_be_tried_are_refused(kind: Any, why: str) -> None:
-    model = BoringModel()
     with pytest.raises(UnsupportedError, match=rf"`{kind.__name__}` cannot be used .*{why}.* such as `AdamW`"):
-        _needs_whole(kind(model.parameters(), lr=0.1), model, cut=False)
+        checks.needs_whole_parameters(kind(BoringModel().parameters(), lr=0.1))
 
 
 def test_trained_parameters_that_no_optimizer_steps_are_named() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,8 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from benchmarks.step import free_port
 
 
 def in_fresh_processes(
@@ -35,12 +34,15 @@ def in_fresh_processes(
     if threads is not None:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.fresh", function.__module__, function.__name__]
+        # By the name of the file's module, which is not that of a program that runs it.
+        spec = sys.modules[function.__module__].__spec__
+        assert spec is not None
+        command = [sys.executable, "-m", "benchmarks.fresh", spec.name, function.__name__]
         command += [json.dumps(arguments), f"{folder}/result"]
         processes = []
         for rank in range(ranks):
             with open(f"{folder}/log{rank}", "w") as log:
-                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
                 processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
         try:
             codes = [process.wait(timeout=900) for process in processes]
@@ -51,6 +53,12 @@ def in_fresh_processes(
             logs = "\n".join(Path(f"{folder}/log{rank}").read_text()[-4000:] for rank in range(ranks))
             raise RuntimeError(f"{function.__name__}({arguments}) failed:\n{logs}")
         return [json.loads(Path(f"{folder}/result{rank}").read_text()) for rank in range(ranks)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def main() -> None:

@@ -16,9 +16,10 @@ from examples.decoder.model import Decoder, DecoderConfig
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe import auxiliary_loss
 from lightning_ted.optim import reducer
+from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.optim.shared_bucket import SharedBucket
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
-from lightning_ted.strategy.training import Training, TrainingOptions
+from lightning_ted.strategy.training import Training
 from lightning_ted.topology import Topology
 
 RANKS = 4

@@ -21,9 +21,10 @@ from torch.nn import Parameter
 from benchmarks.step import cpu_seconds, status_bytes
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.optim.step import ShardedStep
 from lightning_ted.strategy.partition import PartitionOptions
-from lightning_ted.strategy.training import Training, TrainingOptions
+from lightning_ted.strategy.training import Training
 from lightning_ted.topology import Topology
 
 WARMUP = 2

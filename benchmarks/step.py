@@ -11,10 +11,7 @@ import gc
 import json
 import os
 import resource
-import socket
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,6 +23,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from benchmarks.fresh import in_fresh_processes
 from examples.decoder.lightning_module import DecoderModule
 from examples.decoder.model import DecoderConfig
 from examples.decoder.text import split
@@ -241,37 +239,17 @@ def torch_profiler(path: Path, warmup: int, steps: int) -> Any:
 # -- all ranks ----------------------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def run_layout(model: str, layout: str, warmup: int, steps: int) -> list[RankResult]:
     """Run a layout in fresh processes; the results of all ranks."""
-    port = str(free_port())
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.step", "--rank-of", model, layout]
-        command += ["--warmup", str(warmup), "--steps", str(steps), "--out", f"{folder}/result"]
-        processes = []
-        for rank in range(LAYOUTS[layout].ranks):
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-            if LAYOUTS[layout].ranks > 1:
-                environment |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            log = open(f"{folder}/log{rank}", "w")  # noqa: SIM115
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-        try:
-            codes = [process.wait(timeout=600) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(codes):
-            logs = "\n".join(Path(f"{folder}/log{rank}").read_text()[-4000:] for rank in range(len(processes)))
-            raise RuntimeError(f"{model} under {layout} failed:\n{logs}")
-        return [
-            RankResult(**json.loads(Path(f"{folder}/result{rank}.json").read_text())) for rank in range(len(processes))
-        ]
+    arguments = {"model": model, "layout": layout, "warmup": warmup, "steps": steps}
+    return [
+        RankResult(**found) for found in in_fresh_processes(measure_rank, arguments, LAYOUTS[layout].ranks, threads=1)
+    ]
+
+
+def measure_rank(model: str, layout: str, warmup: int, steps: int) -> dict[str, Any]:
+    """:func:`run_rank`, as JSON can hold it."""
+    return asdict(run_rank(model, layout, warmup, steps))
 
 
 def merge(runs: list[list[RankResult]]) -> dict[str, Any]:

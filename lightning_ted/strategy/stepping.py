@@ -15,13 +15,14 @@ from typing_extensions import override
 
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import ParamLayout
+from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.optim.sharded import unshard_optimizer
 from lightning_ted.strategy import checks
 from lightning_ted.strategy.arrival import wait_for_own, wait_in_forward
 from lightning_ted.strategy.partition import PartitionOptions
 from lightning_ted.strategy.precision import for_shards, working_dtypes
 from lightning_ted.strategy.ranks import RankedStrategy
-from lightning_ted.strategy.training import Training, TrainingOptions
+from lightning_ted.strategy.training import Training
 
 
 class SteppingStrategy(RankedStrategy):

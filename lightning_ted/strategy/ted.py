@@ -21,6 +21,7 @@ from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile, r
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe.layer import moe_layers
+from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.strategy import _compat, checks, data, metrics
 from lightning_ted.strategy._compat import is_overridden
 from lightning_ted.strategy.arguments import check_arguments
@@ -31,7 +32,6 @@ from lightning_ted.strategy.partition import PartitionOptions, close_regions, me
 from lightning_ted.strategy.registry import NAME
 from lightning_ted.strategy.sizes import check_reuse, module_styles, resolve_sizes
 from lightning_ted.strategy.stepping import SteppingStrategy
-from lightning_ted.strategy.training import TrainingOptions
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import RankOrder, Topology
 

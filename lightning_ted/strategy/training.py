@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,30 +16,11 @@ from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.buckets import Bucket
+from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.optim.reducer import GradientReducer
 from lightning_ted.optim.sharded import shard_optimizer, share_of
-from lightning_ted.optim.step import ShardedStep, StepOptions
+from lightning_ted.optim.step import ShardedStep
 from lightning_ted.strategy.partition import PartitionOptions
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """What the strategy's arguments say about training.
-
-    Attributes:
-        zero_stage: 1 shards the optimizers' state, 2 the gradients, too.
-        tile_size: Elements of a tile of the optimizer step; None steps all at once.
-        offload: Keep masters and state in host memory.
-        wide_gradients: Accumulate and reduce the gradients of 16-bit weights in fp32.
-        overlap_weights: Let updated weights arrive while the next forward runs.
-
-    """
-
-    zero_stage: int = 1
-    tile_size: int | None = 2**24
-    offload: bool = False
-    wide_gradients: bool = False
-    overlap_weights: bool = False
 
 
 class Training:
@@ -92,15 +72,15 @@ class Training:
     def shard(self, optimizers: Sequence[Optimizer], whole: Callable[[Optimizer], bool]) -> None:
         """Share out what the optimizers step; ``whole``: whether one has to see whole parameters."""
         for optimizer in optimizers:
-            options = StepOptions(
-                self._options.tile_size,
-                whole(optimizer),
-                self._working,
-                self._options.offload,
-                self._options.overlap_weights,
-            )
             self._steps[optimizer] = step = ShardedStep(
-                optimizer, self._names, self.reducer, self._mesh, self._device, options
+                optimizer,
+                self._names,
+                self.reducer,
+                self._mesh,
+                self._device,
+                self._options,
+                self._working,
+                whole(optimizer),
             )
             shard_optimizer(optimizer, step)
         self._find_buckets()

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.optim.step import ShardedStep
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
-from lightning_ted.strategy.training import TrainingOptions
 from lightning_ted.topology import RankOrder, Topology
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.reduced import training_of

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.strategy.partition import PartitionOptions
-from lightning_ted.strategy.training import Training, TrainingOptions
+from lightning_ted.strategy.training import Training
 
 
 def training_of(

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_ted.layout import Family, ParamLayout
 from lightning_ted.mesh import TEDMesh
+from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.optim.step import ShardedStep
 from lightning_ted.strategy.partition import PartitionOptions
-from lightning_ted.strategy.training import Training, TrainingOptions
+from lightning_ted.strategy.training import Training
 from lightning_ted.topology import Topology
 
 #: Odd sizes: without elements, without dimensions, one that is cut over ranks and tiles.

@@ -45,6 +45,16 @@ class Piece:
     stop: int
     offset: int
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @property
+    def in_shard(self) -> slice:
+        """Where the piece lies in this rank's shard."""
+        return slice(self.offset, self.offset + self.size)
+
 
 class Bucket(ABC):
     """Parameters of one optimizer, family, dtype and device.
@@ -154,7 +164,7 @@ class Bucket(ABC):
         """What an optimizer steps for a piece: flat, a view of the masters or of the working weight."""
         if self.masters is None:
             return self.weight_of(piece)
-        return self.masters[piece.offset : piece.offset + piece.stop - piece.start]
+        return self.masters[piece.in_shard]
 
     def weight_of(self, piece: Piece) -> Tensor:
         """The working weight of a piece: flat, a view."""
@@ -252,16 +262,14 @@ class Bucket(ABC):
         parameter = self.parameters[piece.index]
         if parameter.grad is None:
             return None
-        if not parameter.grad.is_contiguous():
-            parameter.grad = parameter.grad.detach().contiguous()
+        _make_contiguous(parameter)
         return parameter.grad.detach().view(-1)[piece.start : piece.stop]
 
     def gradient_version(self) -> tuple[int, ...]:
         """Changes whenever gradients are changed in place or replaced."""
         for parameter in self.parameters:
             # On all ranks alike, whatever they own: they are to agree on whether something has changed.
-            if parameter.grad is not None and not parameter.grad.is_contiguous():
-                parameter.grad = parameter.grad.detach().contiguous()
+            _make_contiguous(parameter)
         tensors = self._gradient_tensors()
         # References that are kept are told apart even if a tensor has come where another one was.
         self._watched = [weakref.ref(tensor) for tensor in tensors]
@@ -274,3 +282,9 @@ class Bucket(ABC):
     def _gradient_tensors(self) -> list[Tensor]:
         """What gradients may be read from."""
         return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+
+def _make_contiguous(parameter: Parameter) -> None:
+    """Replace a gradient that somebody has laid out in another way than its parameter."""
+    if parameter.grad is not None and not parameter.grad.is_contiguous():
+        parameter.grad = parameter.grad.detach().contiguous()

@@ -64,6 +64,7 @@ class GradientReducer:
         wide_gradients: Accumulate and reduce the gradients of 16-bit weights in fp32.
 
     Attributes:
+        passes: How many times gradients have been reduced.
         sent_early: Bytes of gradients in buckets whose reduction was started while the last pass's backward still ran.
         sent: Bytes of gradients in all of its buckets.
 

@@ -50,7 +50,7 @@ class Segment:
     @property
     def size(self) -> int:
         """Number of elements."""
-        return self.piece.stop - self.piece.start
+        return self.piece.size
 
     @property
     def state_device(self) -> torch.device:
@@ -116,7 +116,7 @@ def cut_into_tiles(buckets: Iterable[Bucket], tile_size: int | None, whole: bool
                     room = tile_size if tile_size is not None else 2**62
                 # A number has no part, and state that is one, too.
                 tiles[-1].append(Segment.of(bucket, part, whole or bucket.parameters[part.index].dim() == 0))
-                room -= align(part.stop - part.start)
+                room -= align(part.size)
     return tiles
 
 

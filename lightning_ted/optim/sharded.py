@@ -68,7 +68,8 @@ class ShardedOptimizer(Optimizer):
         }
         self.state.clear()
         # What belongs to no parameter is kept as it is, as torch does.
-        self.state.update((key, value) for key, value in state_dict["state"].items() if key not in set(indices))
+        of_parameters = set(indices)
+        self.state.update((key, value) for key, value in state_dict["state"].items() if key not in of_parameters)
         shared = set(self.sharded.parameters)
         load_pieces(self.state, state, self.sharded.segments, shared, self.sharded.counted_on_device())
 

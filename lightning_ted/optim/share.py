@@ -96,8 +96,8 @@ class OptimizerShare:
             if parameter.requires_grad and parameter not in self._places
         ]
 
-    def adopt(self) -> None:
-        """Share out the parameters that are new.
+    def adopt(self) -> bool:
+        """Share out the parameters that are new; returns whether there were any.
 
         Raises:
             UnsupportedError: For a parameter that the model does not know; for one that is cut, if the optimizer has to see whole
@@ -106,7 +106,7 @@ class OptimizerShare:
         """
         new = self.new_parameters()
         if not new:
-            return
+            return False
         unknown = [parameter for parameter in new if parameter not in self._names]
         if unknown:
             raise UnsupportedError(
@@ -129,6 +129,7 @@ class OptimizerShare:
         state = self.optimizer.state
         found = {parameter: state.pop(parameter) for parameter in new if parameter in state}
         load_pieces(state, found, [segment for tile in tiles for segment in tile], wanted)
+        return True
 
     def _refuse_parts(self, parameters: Collection[Parameter]) -> None:
         names = (self._names[parameter] for parameter in parameters)
@@ -257,7 +258,7 @@ class OptimizerShare:
         for piece in (piece for piece in bucket.pieces if piece.index == index):
             gradient = bucket.gradient_of(piece)
             # None if somebody has taken it away on this rank.
-            owned = owned.new_zeros(piece.stop - piece.start) if gradient is None else gradient
+            owned = owned.new_zeros(piece.size) if gradient is None else gradient
         full = self.gather(parameter, owned)
         return full if self._scale is None else full.to(torch.promote_types(full.dtype, torch.float32)) * self._scale
 

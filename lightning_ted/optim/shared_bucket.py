@@ -80,16 +80,13 @@ class SharedBucket(Bucket):
             for piece in self.pieces:
                 gradient = self.gradient_of(piece)
                 if gradient is not None:
-                    self._in_shard(self._carried, piece).copy_(gradient)
+                    self._carried[piece.in_shard].copy_(gradient)
             for parameter in self.parameters:
                 parameter.grad = None
         self._sum = None
 
     def _has_sum(self, index: int) -> bool:
         return self.parameters[index].grad is not None or (self._frees and self._present[index])
-
-    def _in_shard(self, shard: Tensor, piece: Piece) -> Tensor:
-        return shard[piece.offset : piece.offset + piece.stop - piece.start]
 
     @torch.no_grad()
     def take(self, index: int) -> None:
@@ -169,7 +166,7 @@ class SharedBucket(Bucket):
         grad = self._grad_of(piece)
         if grad is not None or not self._frees or self._sum is None or not self._present[piece.index]:
             return grad
-        return self._in_shard(self._sum, piece)
+        return self._sum[piece.in_shard]
 
     def _drop_arriving(self) -> None:
         """Let a pass that was broken off leave nothing behind."""

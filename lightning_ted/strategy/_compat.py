@@ -14,8 +14,6 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.distributed import (
     _init_dist_connection as init_dist_connection,
 )
-from lightning.fabric.utilities.optimizer import _optimizer_to_device as optimizer_to_device
-from lightning.fabric.utilities.optimizer import _optimizers_to_device as optimizers_to_device
 from lightning.fabric.utilities.seed import (
     _collect_rng_states as collect_rng_states,
 )
@@ -51,8 +49,6 @@ __all__ = [
     "distributed_is_initialized",
     "init_dist_connection",
     "is_overridden",
-    "optimizer_to_device",
-    "optimizers_to_device",
     "pl_worker_init_function",
     "reading_options",
     "reset_seed",

@@ -87,9 +87,9 @@ class Training:
 
     def adopt_new_parameters(self) -> None:
         """Share out what hooks have added to the optimizers or unfrozen."""
-        for step in self._steps.values():
-            step.adopt()
-        self._find_buckets()
+        adopted = [step.adopt() for step in self._steps.values()]
+        if any(adopted):
+            self._find_buckets()
 
     def _find_buckets(self) -> None:
         if self._options.overlap_weights:
@@ -103,15 +103,16 @@ class Training:
             UnsupportedError: For a parameter that would.
 
         """
-        for step in self._steps.values():
-            for parameter in step.new_parameters():
-                name = self._names.get(parameter, "")
-                if self._working.get(name, parameter.dtype) != parameter.dtype:
-                    raise UnsupportedError(
-                        f"'{name}' has been unfrozen, or given to an optimizer, within `training_step`, where it cannot be made a "
-                        "16-bit weight any more. Do it in a hook before, such as `on_train_batch_start`."
-                    )
-        self.adopt_new_parameters()
+        new = [parameter for step in self._steps.values() for parameter in step.new_parameters()]
+        for parameter in new:
+            name = self._names.get(parameter, "")
+            if self._working.get(name, parameter.dtype) != parameter.dtype:
+                raise UnsupportedError(
+                    f"'{name}' has been unfrozen, or given to an optimizer, within `training_step`, where it cannot be made a "
+                    "16-bit weight any more. Do it in a hook before, such as `on_train_batch_start`."
+                )
+        if new:
+            self.adopt_new_parameters()
 
     def acquire(self) -> None:
         """Let the module compute with working weights."""

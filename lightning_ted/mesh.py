@@ -79,6 +79,7 @@ class TEDMesh:
         topology: The arrangement of the ranks.
         device_type: ``"cpu"`` or ``"cuda"``: where the meshes' tensors live.
         timeout: How long a collective may take before it fails.
+        ranks_per_node: Consecutive ranks that share a node; None means all.
 
     ``dense`` is a :class:`~torch.distributed.device_mesh.DeviceMesh` with the axes ``data_parallel`` and
     ``tensor_parallel``; ``expert`` one with ``expert_data_parallel``, ``expert_parallel`` and
@@ -87,12 +88,19 @@ class TEDMesh:
 
     """
 
-    def __init__(self, topology: Topology, device_type: str = "cpu", timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        topology: Topology,
+        device_type: str = "cpu",
+        timeout: timedelta | None = None,
+        ranks_per_node: int | None = None,
+    ) -> None:
         self.topology = topology
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.ledger = Ledger()
         self._device_type = device_type
         self._timeout = timeout
+        self._ranks_per_node = topology.world_size if ranks_per_node is None else ranks_per_node
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._gradient_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._world = _current_world()
@@ -119,6 +127,16 @@ class TEDMesh:
         if ranks not in self._gradient_groups:
             self._gradient_groups[ranks] = self._new_group(ranks)
         return replace(axis, group=self._gradient_groups[ranks])
+
+    def node_axes(self, name: AxisName) -> tuple[Axis, Axis]:
+        """The part of an axis that lies in this node, and its ranks at this rank's place in every node. A collective.
+
+        Raises:
+            LayoutError: If the axis has not the same number of ranks in each of its nodes.
+
+        """
+        inside, across = self.topology.node_groups(name, self.rank, self._ranks_per_node)
+        return self._axis_of(f"{name}_inside", inside), self._axis_of(f"{name}_across", across)
 
     @property
     def is_alive(self) -> bool:
@@ -159,7 +177,9 @@ class TEDMesh:
             self.ledger.recorder = before
 
     def _make_axis(self, name: AxisName) -> Axis:
-        ranks = self.topology.group(name, self.rank)
+        return self._axis_of(name, self.topology.group(name, self.rank))
+
+    def _axis_of(self, name: str, ranks: tuple[int, ...]) -> Axis:
         group = self._group(ranks) if len(ranks) > 1 else None
         return Axis(name, len(ranks), ranks.index(self.rank), group, self.ledger)
 

@@ -159,6 +159,30 @@ class Topology:
                 placed.update(found[-1])
         return tuple(found)
 
+    def node_groups(self, axis: AxisName, rank: int, ranks_per_node: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of ``rank``'s group of ``axis``, the ranks in its node, and those at its place in every node.
+
+        Args:
+            axis: The axis.
+            rank: The rank.
+            ranks_per_node: Consecutive ranks that share a node.
+
+        Raises:
+            LayoutError: If the group has not the same number of ranks in each of its nodes.
+
+        """
+        ranks = self.group(axis, rank)
+        nodes = [other // ranks_per_node for other in ranks]
+        inside = tuple(other for other in ranks if other // ranks_per_node == rank // ranks_per_node)
+        counts = {nodes.count(node) for node in nodes}
+        if len(counts) > 1:
+            raise LayoutError(
+                f"`moe_dispatcher='hierarchical'` needs as many ranks of an {axis}-parallel group in each of its nodes, but ranks "
+                f"{list(ranks)} lie unevenly on nodes of {ranks_per_node}; choose an `{axis}_parallel_size` that divides the "
+                f"{ranks_per_node} devices of a node or is a multiple of them, or `moe_dispatcher='all_to_all'`."
+            )
+        return inside, ranks[inside.index(rank) :: len(inside)]
+
     def _expert_rank(self, expert_data: int, expert: int, expert_tensor: int) -> int:
         if self.order == "expert_first":
             return expert_tensor + self.expert_tensor * (expert + self.expert * expert_data)

@@ -1,72 +1,157 @@
-"""Collectives of expert parallelism, each beside its dual. Rows are ``[N, D]``; sizes are exact, never padded.
+"""The journey of rows ``[N, D]`` to their experts and back. Sizes are exact, never padded.
 
-- ``exchange_rows``: all-to-all; its gradient is the all-to-all with the sizes reversed.
-- ``gather_rows_to_shards``: all-gather over expert-tensor ranks that hold different rows; its gradient is a reduce-scatter.
-- ``sum_shards_to_rows``: reduce-scatter of the shards' partial outputs; its gradient is an all-gather.
+On the way out, an exchange takes rows to the owners of the experts, and an all-gather to all shards of one, which have
+received different rows. On the way back, a reduce-scatter sums the shards' partial outputs, and the exchange is undone.
+These replace the paper's all-gather before and all-reduce-then-drop after an expert: a reduce-scatter is just that, at half
+the bytes. Where the shards hold the same rows (no duplicate token dropping), there is no all-gather, and an all-reduce in
+place of the reduce-scatter. Each way is the gradient of the other.
 
-The last two are each other's dual. They replace the paper's all-gather before and all-reduce-then-drop after an expert: a
-reduce-scatter is just that, at half the bytes.
+A way is gone in two halves, between which other work can be done, in backward as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lightning_ted.collectives.primitives import all_gather_rows, all_to_all_rows, reduce_scatter_rows
+from lightning_ted.collectives.exchange import Exchange
+from lightning_ted.collectives.phase import dual
+from lightning_ted.collectives.primitives import all_gather_rows, all_reduce, reduce_scatter_rows, signature
+from lightning_ted.collectives.tape import RecomputationError, is_replayed, kept, unseen
 from lightning_ted.mesh import Axis
 
+#: Gives what arrives.
+Arrival = Callable[[], Tensor]
 
-class _ExchangeRows(torch.autograd.Function):
+
+@dataclass(frozen=True)
+class Journey:
+    """Both ways of a set of rows.
+
+    Attributes:
+        exchange: Between the ranks that hold the tokens and those that hold the experts.
+        shards: The expert-tensor axis.
+        lanes: How many rows each rank of ``shards`` has received; None if all of them hold the same rows.
+
+    """
+
+    exchange: Exchange
+    shards: Axis
+    lanes: Sequence[int] | None
+
+    @property
+    def last_collective(self) -> tuple[str, Axis]:
+        """What rows come out of that have come back."""
+        if self.exchange.axis.size > 1:
+            return "all_to_all", self.exchange.axis
+        return "all_reduce" if self.lanes is None else "reduce_scatter", self.shards
+
+    def out(self, rows: Tensor) -> Arrival:
+        """Send rows to their experts."""
+        exchange, lanes, sent = self.exchange, self.lanes, signature(rows)
+        if exchange.axis.size == 1:
+            pending: Arrival = rows.detach
+        else:
+            pending = _start("all_to_all", lambda: exchange.start_out(rows))
+
+        def exchanged() -> Tensor:
+            if exchange.axis.size == 1:
+                return pending()
+            return kept("all_to_all", exchange.axis, sent, lambda: exchange.finish_out(pending()))
+
+        if lanes is None or self.shards.size == 1:
+            return exchanged
+        # One piece, if what has been gathered is kept: what it was gathered from is not kept besides.
+        return lambda: kept("all_gather", self.shards, sent, lambda: all_gather_rows(exchanged(), lanes, self.shards))
+
+    def back(self, rows: Tensor) -> Arrival:
+        """Send what experts have made of the rows back to their tokens."""
+        (kind, axis), sent = self.last_collective, signature(rows)
+        # In a recomputation, experts do not make what nobody reads.
+        pending = _refuse if is_replayed(kind) else _start(kind, lambda: self.exchange.start_back(self._sum(rows)))
+        return lambda: kept(kind, axis, sent, lambda: self.exchange.finish_back(pending()))
+
+    def _sum(self, rows: Tensor) -> Tensor:
+        if self.lanes is None:
+            return all_reduce(rows, self.shards)
+        return reduce_scatter_rows(rows, self.lanes, self.shards)
+
+
+def _start(kind: str, start: Callable[[], Tensor]) -> Arrival:
+    """Start now; only when asked to, where a tape holds what will arrive."""
+    if is_replayed(kind):
+        return start
+    pending = unseen(start)
+    return lambda: pending
+
+
+def _refuse() -> Tensor:
+    raise RecomputationError("What came back from the experts has been changed in place; copy it before it is changed.")
+
+
+class Parcel:
+    """Rows under way, and then their gradient.
+
+    Args:
+        way: Sends the rows.
+        dual: Sends the gradient back.
+
+    Attributes:
+        arrival, returned: What :func:`send` and the backward of :func:`receive` have left to be fetched.
+
+    """
+
+    def __init__(self, way: Callable[[Tensor], Arrival], dual: Callable[[Tensor], Arrival]) -> None:
+        self.way = way
+        self.dual = dual
+        self.arrival: Arrival | None = None
+        self.returned: Arrival | None = None
+
+
+class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
-        ctx.received, ctx.sent, ctx.axis = received, sent, axis
-        return all_to_all_rows(rows, received, sent, axis)
+    def forward(ctx: Any, rows: Tensor, parcel: Parcel) -> Tensor:
+        parcel.arrival = parcel.way(rows)
+        ctx.parcel = parcel
+        # It ties the halves together in the graph; what is under way has, in backward, another shape than in forward.
+        return rows.new_empty(0)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_to_all_rows(grad, ctx.sent, ctx.received, ctx.axis), None, None, None
+    @dual
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        fetch, ctx.parcel.returned = ctx.parcel.returned, None
+        return fetch(), None
 
 
-class _GatherRowsToShards(torch.autograd.Function):
+class _Receive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
-        ctx.sizes, ctx.axis = sizes, axis
-        return all_gather_rows(rows, sizes, axis)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter_rows(grad, ctx.sizes, ctx.axis), None, None
-
-
-class _SumShardsToRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
-        ctx.sizes, ctx.axis = sizes, axis
-        return reduce_scatter_rows(rows, sizes, axis)
+    def forward(ctx: Any, string: Tensor, parcel: Parcel) -> Tensor:
+        ctx.parcel = parcel
+        fetch, parcel.arrival = parcel.arrival, None
+        assert fetch is not None
+        return fetch()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather_rows(grad, ctx.sizes, ctx.axis), None, None
+    @dual
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.parcel.returned = ctx.parcel.dual(grad)
+        return grad.new_zeros(0), None
 
 
-def exchange_rows(rows: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
-    """Send ``sent[i]`` consecutive rows to rank ``i``; receive ``received[i]`` from it, in rank order."""
-    return rows if axis.size == 1 else _ExchangeRows.apply(rows, received, sent, axis)
+def send_out(rows: Tensor, journey: Journey) -> Arrival:
+    """Send rows to their experts; what is returned gives those that have come here. Both are differentiable."""
+    return _send(rows, Parcel(journey.out, journey.back))
 
 
-def gather_rows_to_shards(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
-    """The rows of all ranks in rank order, ``sizes[i]`` of rank ``i``, for sharded weights."""
-    return rows if axis.size == 1 else _GatherRowsToShards.apply(rows, sizes, axis)
+def send_back(rows: Tensor, journey: Journey) -> Arrival:
+    """Send rows from their experts to their tokens; what is returned gives those that have come back here."""
+    return _send(rows, Parcel(journey.back, journey.out))
 
 
-def sum_shards_to_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
-    """The sum of all ranks' partial results for this rank's own rows."""
-    return rows if axis.size == 1 else _SumShardsToRows.apply(rows, sizes, axis)
+def _send(rows: Tensor, parcel: Parcel) -> Arrival:
+    string = _Send.apply(rows, parcel)
+    return lambda: _Receive.apply(string, parcel)

@@ -2,7 +2,7 @@
 
 They are torch's functional collectives called as raw operators: the same on every torch from 2.10, and visible to
 selective checkpointing, fake tensors and ``torch.compile``. A group of one rank communicates nothing and launches
-nothing.
+nothing. In the recomputation of a region that has kept their outcome, the collectives of layers return it instead.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_ted.collectives.tape import kept
 from lightning_ted.mesh import Axis
 
 _ops = torch.ops._c10d_functional
 
 
 def _note(axis: Axis, kind: str, sent: int) -> None:
-    if axis.ledger.recorder is not None:
+    # What is compiled runs without coming by here again.
+    if axis.ledger.recorder is not None and not torch.compiler.is_compiling():
         axis.ledger.recorder.note(kind, axis.name, sent)
 
 
@@ -27,10 +29,19 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def signature(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """What a forward and its recomputation have to hand to a collective alike."""
+    return tensor.shape, tensor.dtype
+
+
 def all_reduce(tensor: Tensor, axis: Axis, op: str = "sum") -> Tensor:
     """The reduction of every rank's ``tensor``, as a new tensor (the same one where the axis has one rank)."""
     if axis.size == 1:
         return tensor
+    return kept("all_reduce", axis, signature(tensor), lambda: _all_reduce(tensor, axis, op))
+
+
+def _all_reduce(tensor: Tensor, axis: Axis, op: str) -> Tensor:
     _note(axis, "all_reduce", 2 * _bytes(tensor) * (axis.size - 1) // axis.size)
     return _ops.wait_tensor(_ops.all_reduce(tensor.contiguous(), op, axis.group_name))
 
@@ -67,6 +78,10 @@ def all_gather(tensor: Tensor, axis: Axis) -> Tensor:
     """Every rank's ``tensor`` (equal shapes), stacked: ``[...] -> [size, ...]``."""
     if axis.size == 1:
         return tensor.unsqueeze(0)
+    return kept("all_gather", axis, signature(tensor), lambda: _all_gather(tensor, axis))
+
+
+def _all_gather(tensor: Tensor, axis: Axis) -> Tensor:
     _note(axis, "all_gather", _bytes(tensor) * (axis.size - 1))
     # A scalar has no dimension to gather along.
     flat = tensor.reshape(1, *tensor.shape).contiguous()
@@ -77,6 +92,10 @@ def all_gather_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
     """Every rank's rows, concatenated: ``[sizes[rank], ...] -> [sum(sizes), ...]``; the sizes may differ."""
     if axis.size == 1:
         return rows
+    return kept("all_gather", axis, signature(rows), lambda: _all_gather_rows(rows, sizes, axis))
+
+
+def _all_gather_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
     if min(sizes) == max(sizes):
         _note(axis, "all_gather", _bytes(rows) * (axis.size - 1))
         return _ops.wait_tensor(_ops.all_gather_into_tensor(rows.contiguous(), axis.size, axis.group_name))
@@ -96,6 +115,10 @@ def reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tenso
     """
     if axis.size == 1:
         return rows
+    return kept("reduce_scatter", axis, signature(rows), lambda: _reduce_scatter_rows(rows, sizes, axis))
+
+
+def _reduce_scatter_rows(rows: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
     mine = sizes[axis.rank]
     _note(axis, "reduce_scatter", _bytes(rows) * (rows.shape[0] - mine) // max(rows.shape[0], 1))
     parts = _exchange(rows.contiguous(), [mine] * axis.size, list(sizes), axis).view(axis.size, mine, *rows.shape[1:])
@@ -180,9 +203,14 @@ def all_to_all_rows(rows: Tensor, received: Sequence[int], sent: Sequence[int], 
     """Rows exchanged by exact sizes: ``sent[i]`` rows go to rank ``i``, ``received[i]`` come from it."""
     if axis.size == 1:
         return rows
+    return kept("all_to_all", axis, signature(rows), lambda: wait(start_all_to_all_rows(rows, received, sent, axis)))
+
+
+def start_all_to_all_rows(rows: Tensor, received: Sequence[int], sent: Sequence[int], axis: Axis) -> Tensor:
+    """:func:`all_to_all_rows`, over more than one rank, on its way: call :func:`wait` on it, and do not touch ``rows`` before."""
     total = sum(sent)
     _note(axis, "all_to_all", _bytes(rows) * (total - sent[axis.rank]) // max(total, 1))
-    return _exchange(rows.contiguous(), list(received), list(sent), axis)
+    return _ops.all_to_all_single(rows.contiguous(), list(received), list(sent), axis.group_name)
 
 
 def broadcast_(tensor: Tensor, axis: Axis, src: int = 0) -> Tensor:

@@ -1,26 +1,70 @@
-"""Counting calls and bytes of the collectives, by kind and axis."""
+"""Counting calls and bytes of the collectives, by kind, axis and phase."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
+
+from lightning_ted.collectives.phase import Phase, current_phase
+
+
+class TrafficKey(NamedTuple):
+    """What collectives are counted by."""
+
+    kind: str
+    axis: str
+    phase: Phase
 
 
 class CommRecorder:
     """Counts what this rank sends, in a context of :meth:`lightning_ted.mesh.TEDMesh.recording`.
 
+    Bytes are those that this rank sends, by the ring algorithms' counts: an all-reduce of ``n`` bytes over ``g`` ranks sends
+    ``2 n (g - 1) / g``, a reduce-scatter ``n (g - 1) / g``, an all-gather of ``n`` local bytes ``n (g - 1)``, an all-to-all
+    what it addresses to others.
+
     Attributes:
-        calls: Number of collectives by ``(kind, axis)``.
-        bytes: Bytes that this rank sends by ``(kind, axis)``, by the ring algorithms' counts: an all-reduce of ``n``
-            bytes over ``g`` ranks sends ``2 n (g - 1) / g``, a reduce-scatter ``n (g - 1) / g``, an all-gather of ``n``
-            local bytes ``n (g - 1)``, an all-to-all what it addresses to others.
+        calls_by: Number of collectives by :class:`TrafficKey`.
+        bytes_by: Bytes by the same.
+        kept: Bytes that regions of communication-aware checkpointing have kept for their recomputation, by ``(kind, axis)``;
+            those of several forwards are added.
 
     """
 
     def __init__(self) -> None:
-        self.calls: Counter[tuple[str, str]] = Counter()
-        self.bytes: Counter[tuple[str, str]] = Counter()
+        self.calls_by: Counter[TrafficKey] = Counter()
+        self.bytes_by: Counter[TrafficKey] = Counter()
+        self.kept: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def calls(self) -> Counter[tuple[str, str]]:
+        """Number of collectives by ``(kind, axis)``, all phases together."""
+        return _over_phases(self.calls_by)
+
+    @property
+    def bytes(self) -> Counter[tuple[str, str]]:
+        """Bytes by ``(kind, axis)``, all phases together."""
+        return _over_phases(self.bytes_by)
 
     def note(self, kind: str, axis: str, sent: int) -> None:
         """Add one collective that sent ``sent`` bytes."""
-        self.calls[kind, axis] += 1
-        self.bytes[kind, axis] += sent
+        key = TrafficKey(kind, axis, current_phase())
+        self.calls_by[key] += 1
+        self.bytes_by[key] += sent
+
+    def note_kept(self, kind: str, axis: str, size: int) -> None:
+        """Add one outcome of ``size`` bytes that is kept for a recomputation."""
+        self.kept[kind, axis] += size
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.calls_by.clear()
+        self.bytes_by.clear()
+        self.kept.clear()
+
+
+def _over_phases(counts: Counter[TrafficKey]) -> Counter[tuple[str, str]]:
+    total: Counter[tuple[str, str]] = Counter()
+    for key, count in counts.items():
+        total[key.kind, key.axis] += count
+    return total

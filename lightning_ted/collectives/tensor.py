@@ -10,11 +10,11 @@ function                      forward                  gradient                 
 ``gather_features``           ``[x_0 .. x_n]``         slice of ``dx``            after a column-parallel weight
 ``split_features``            slice of ``x``           ``[dx_0 .. dx_n]``         before a row-parallel weight
 ``gather_tokens_to_shards``   ``[x_0 .. x_n]``         share of ``sum_t dx_t``    sequence parallel: before column
-``sum_shards_to_tokens``      share of ``sum_t x_t``   ``[dx_0 .. dx_n]``         sequence parallel: after row
 ============================  =======================  =========================  ==================================
 
-The dual of each is another row of the table: ``copy_to_shards`` and ``sum_shards``, ``gather_features`` and
-``split_features``, ``gather_tokens_to_shards`` and ``sum_shards_to_tokens``.
+``copy_to_shards`` and ``sum_shards`` are each other's dual, and so are ``gather_features`` and ``split_features``. A
+row-parallel linear layer is one unit with the collective that follows it: ``row_linear`` sums what it makes, and
+``row_linear_to_tokens``, the dual of ``gather_tokens_to_shards``, leaves each rank its share of the sum.
 
 Gradients can be taken once; a second derivative would need collectives of its own, and is refused by torch.
 """
@@ -25,10 +25,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from lightning_ted.collectives.primitives import all_gather_dim, all_reduce, all_reduce_, reduce_scatter_dim
+from lightning_ted.collectives.phase import dual
+from lightning_ted.collectives.primitives import all_gather_dim, all_reduce, all_reduce_, reduce_scatter_dim, signature
+from lightning_ted.collectives.tape import kept
 from lightning_ted.mesh import Axis
 
 
@@ -39,7 +41,7 @@ class _CopyToShards(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grad, ctx.axis), None
 
@@ -50,30 +52,53 @@ class _SumShards(torch.autograd.Function):
         return all_reduce(x, axis)
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
 class _RowLinear(torch.autograd.Function):
-    """``sum_t x_t @ w_t.T`` as one unit: the partial product is summed in place."""
+    """``sum_t x_t @ w_t.T`` as one unit: the partial product is summed in place, and not made again in a recomputation."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
         ctx.save_for_backward(x, weight)
         # A compiler cannot functionalise the operator that sums in place, and reuses buffers by itself.
         reduce = all_reduce if torch.compiler.is_compiling() else all_reduce_
-        return reduce(torch.nn.functional.linear(x, weight), axis)
+        return kept("all_reduce", axis, signature(x), lambda: reduce(F.linear(x, weight), axis))
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            dw = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-        return dx, dw, None
+        return *_linear_gradients(ctx, grad), None
+
+
+class _RowLinearToTokens(torch.autograd.Function):
+    """The same, of whose sum each rank keeps its share of the tokens, along dimension -2."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes, ctx.axis = sizes, axis
+        return kept(
+            "reduce_scatter",
+            axis,
+            signature(x),
+            lambda: reduce_scatter_dim(F.linear(x, weight), x.dim() - 2, sizes, axis),
+        )
+
+    @staticmethod
+    @dual
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        return *_linear_gradients(ctx, all_gather_dim(grad, grad.dim() - 2, ctx.sizes, ctx.axis)), None, None
+
+
+def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the saved input and weight of a linear layer."""
+    x, weight = ctx.saved_tensors
+    dx = grad @ weight if ctx.needs_input_grad[0] else None
+    dw = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+    return dx, dw
 
 
 class _GatherFeatures(torch.autograd.Function):
@@ -83,7 +108,7 @@ class _GatherFeatures(torch.autograd.Function):
         return all_gather_dim(x, -1, [x.shape[-1]] * axis.size, axis)
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.chunk(ctx.axis.size, -1)[ctx.axis.rank], None
 
@@ -95,7 +120,7 @@ class _SplitFeatures(torch.autograd.Function):
         return x.chunk(axis.size, -1)[axis.rank].contiguous()
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return all_gather_dim(grad, -1, [grad.shape[-1]] * ctx.axis.size, ctx.axis), None
 
@@ -107,21 +132,9 @@ class _GatherTokensToShards(torch.autograd.Function):
         return all_gather_dim(x, dim, sizes, axis)
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return reduce_scatter_dim(grad, ctx.dim, ctx.sizes, ctx.axis), None, None, None
-
-
-class _SumShardsToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
-        ctx.dim, ctx.sizes, ctx.axis = dim, sizes, axis
-        return reduce_scatter_dim(x, dim, sizes, axis)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return all_gather_dim(grad, ctx.dim, ctx.sizes, ctx.axis), None, None, None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -150,10 +163,19 @@ def sum_shards(x: Tensor, axis: Axis) -> Tensor:
 def row_linear(x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
     """``sum_shards(linear(x, weight))`` without a second buffer. ``x``: [..., in/t], ``weight``: [out, in/t]."""
     if axis.size == 1:
-        return torch.nn.functional.linear(x, weight)
+        return F.linear(x, weight)
     x, weight = to_autocast(x), to_autocast(weight)
     with torch.autocast(x.device.type, enabled=False):
         return _RowLinear.apply(x, weight, axis)
+
+
+def row_linear_to_tokens(x: Tensor, weight: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
+    """``sum_shards_to_tokens(linear(x, weight), dim=-2)`` as one unit; ``sizes`` are every rank's tokens."""
+    if axis.size == 1:
+        return F.linear(x, weight)
+    x, weight = to_autocast(x), to_autocast(weight)
+    with torch.autocast(x.device.type, enabled=False):
+        return _RowLinearToTokens.apply(x, weight, sizes, axis)
 
 
 def gather_features(x: Tensor, axis: Axis) -> Tensor:
@@ -169,8 +191,3 @@ def split_features(x: Tensor, axis: Axis) -> Tensor:
 def gather_tokens_to_shards(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
     """Gather split tokens along ``dim`` for sharded weights; ``sizes`` are every rank's lengths."""
     return x if axis.size == 1 else _GatherTokensToShards.apply(x, dim, sizes, axis)
-
-
-def sum_shards_to_tokens(x: Tensor, dim: int, sizes: Sequence[int], axis: Axis) -> Tensor:
-    """Sum partial results and keep this rank's share of the tokens along ``dim``."""
-    return x if axis.size == 1 else _SumShardsToTokens.apply(x, dim, sizes, axis)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_ted.collectives.phase import dual
 from lightning_ted.collectives.primitives import all_gather_dim
 from lightning_ted.mesh import Axis
 
@@ -42,7 +42,7 @@ class _Drop(torch.autograd.Function):
         return share(x, dim, axis).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return all_gather_dim(grad, ctx.dim, ctx.sizes, ctx.axis), None, None
 
@@ -54,7 +54,7 @@ class _Restore(torch.autograd.Function):
         return all_gather_dim(x, dim, shares(length, axis.size), axis)
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return share(grad, ctx.dim, ctx.axis), None, None, None
 

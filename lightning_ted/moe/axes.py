@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_ted.mesh import Axis
+from lightning_ted.mesh import SINGLE, Axis
 from lightning_ted.tensor_parallel.sequence import SequenceRegion
 
 
@@ -17,6 +17,9 @@ class MoEAxes:
         expert, expert_tensor: Axes of the experts.
         drop_duplicates: Tensor ranks, which hold the same tokens, each route and dispatch only their share (DTD).
         sequence: The region of sequence parallelism, in which tokens arrive split over the tensor axis already.
+        inside, across: The expert axis' ranks in this node, and those at this rank's place in every node.
+        dispatcher: The name of the dispatcher.
+        overlap_chunks: In how many chunks tokens travel, so that experts compute on one while the next is under way.
 
     """
 
@@ -27,6 +30,10 @@ class MoEAxes:
     expert_tensor: Axis
     drop_duplicates: bool = True
     sequence: SequenceRegion | None = None
+    inside: Axis = SINGLE
+    across: Axis = SINGLE
+    dispatcher: str = "all_to_all"
+    overlap_chunks: int = 1
 
     @property
     def drops(self) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_ted.collectives.tokens import restore, share, shares
 from lightning_ted.mesh import SINGLE, Axis
-from lightning_ted.moe.routing import Routing, count_experts
+from lightning_ted.moe.routing import Routing, count_experts, keep_choice
 
 
 def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float) -> int:
@@ -51,10 +51,14 @@ def limit_to_capacity(
     expert_TK = routing.expert_TK
     choices = expert_TK.shape[1]
     mine = shares(length, tensor.size)[tensor.rank]
-    whole_TK = restore(expert_TK.view(batch, mine, choices), length, tensor, dim=1).reshape(-1, choices)
-    capacity = expert_capacity(whole_TK.shape[0], num_experts, choices, factor)
-    keep_TK = within_capacity(whole_TK, num_experts, capacity)
-    keep_TK = share(keep_TK.reshape(batch, length, choices), 1, tensor).reshape(-1, choices)
+
+    def fitting() -> Tensor:
+        whole_TK = restore(expert_TK.view(batch, mine, choices), length, tensor, dim=1).reshape(-1, choices)
+        capacity = expert_capacity(whole_TK.shape[0], num_experts, choices, factor)
+        keep_TK = within_capacity(whole_TK, num_experts, capacity)
+        return share(keep_TK.reshape(batch, length, choices), 1, tensor).reshape(-1, choices)
+
+    keep_TK = keep_choice(fitting)
     return replace(
         routing,
         expert_TK=expert_TK.masked_fill(~keep_TK, num_experts),

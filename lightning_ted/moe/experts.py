@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -16,6 +18,20 @@ from lightning_ted.collectives.tensor import to_autocast
 from lightning_ted.errors import TEDError
 from lightning_ted.mesh import SINGLE, Axis
 from lightning_ted.moe.activations import ACTIVATIONS, Activation, ActivationName, activate
+from lightning_ted.moe.routing import read_sizes
+
+#: Whether the down projection may give zeros, the innermost last.
+_without_last_product = [False]
+
+
+@contextmanager
+def without_last_product(unread: bool) -> Iterator[None]:
+    """Within the context, what :class:`Experts` return is not read if ``unread``, and not computed; its graph is made."""
+    _without_last_product.append(unread)
+    try:
+        yield
+    finally:
+        _without_last_product.pop()
 
 
 class Experts(nn.Module):
@@ -123,7 +139,7 @@ class Groups:
 
     def _one_by_one(self, rows_NI: Tensor, weight_eOI: Tensor) -> Tensor:
         if self._sizes is None:
-            self._sizes = self._counts_e.tolist() if self._rows else [0] * len(weight_eOI)
+            self._sizes = read_sizes(self._counts_e) if self._rows else [0] * len(weight_eOI)
         # unbind, not indexing: the gradient of an index is as large as the whole weight, once for each expert.
         pieces = zip(rows_NI.split(self._sizes), weight_eOI.unbind(0), strict=True)
         return torch.cat([F.linear(piece, weight) for piece, weight in pieces])
@@ -154,6 +170,8 @@ class _ActivatedLinear(torch.autograd.Function):
     def forward(ctx: Any, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor, offsets_e: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_NH, weight_eOI, offsets_e)
         ctx.activation = activation
+        if _without_last_product[-1]:
+            return hidden_NH.new_zeros(()).expand(hidden_NH.shape[0], weight_eOI.shape[1])
         return _grouped_linear(activation.value(hidden_NH), weight_eOI, offsets_e)
 
     @staticmethod

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_ted.collectives.phase import in_backward
 from lightning_ted.collectives.tensor import to_autocast
 from lightning_ted.collectives.tokens import drop, restore
 from lightning_ted.errors import TEDError
@@ -15,10 +17,10 @@ from lightning_ted.mesh import SINGLE
 from lightning_ted.moe.activations import ActivationName
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.capacity import limit_to_capacity
-from lightning_ted.moe.dispatcher import Order, make_dispatcher
+from lightning_ted.moe.dispatch import make_dispatcher
 from lightning_ted.moe.experts import Experts
 from lightning_ted.moe.router import TopKRouter
-from lightning_ted.moe.routing import Routing, count_experts
+from lightning_ted.moe.routing import Routing, count_experts, keep_choice
 from lightning_ted.moe.statistics import RoutingStatistics
 
 
@@ -44,6 +46,8 @@ class MoE(nn.Module):
         router: A router of your own: a module that maps tokens ``[T, D]`` to a :class:`Routing`; the arguments
             ``top_k``, ``score`` and ``normalize_top_k`` are then its own business, and refused here. Its choice for a
             token must depend on that token alone (and on noise): it may get any share of the batch.
+        shared_expert: A dense branch ``[..., d_model] -> [..., d_model]`` through which every token goes as well; its output is
+            added. It computes while tokens are under way to the experts of other ranks.
 
     Attributes:
         statistics: What the last forward saw on this rank.
@@ -67,6 +71,7 @@ class MoE(nn.Module):
         aux_loss_coef: float = 0.01,
         z_loss_coef: float = 0.0,
         router: nn.Module | None = None,
+        shared_expert: nn.Module | None = None,
     ) -> None:
         super().__init__()
         if capacity_factor is not None and not (_is_number(capacity_factor) and capacity_factor > 0):
@@ -76,6 +81,8 @@ class MoE(nn.Module):
                 raise TEDError(f"`{argument}={coefficient!r}` must be a number that is not negative.")
         if router is not None and not isinstance(router, nn.Module):
             raise TEDError(f"`router={router!r}` must be a module that maps tokens to a `lightning_ted.moe.Routing`.")
+        if shared_expert is not None and not isinstance(shared_expert, nn.Module):
+            raise TEDError(f"`shared_expert={shared_expert!r}` must be a module that maps tokens to tokens, or None.")
         idle = [("top_k", top_k, 2), ("score", score, "softmax"), ("normalize_top_k", normalize_top_k, True)]
         for argument, value, default in idle:
             if router is not None and value != default:
@@ -88,6 +95,7 @@ class MoE(nn.Module):
         self.z_loss_coef = z_loss_coef
         self.experts = Experts(num_experts, d_model, d_ff, activation, bias)
         self.router = TopKRouter(d_model, num_experts, top_k, score, normalize_top_k) if router is None else router
+        self.shared_expert = shared_expert
         self.axes: MoEAxes | None = None
         self.statistics: RoutingStatistics | None = None
 
@@ -113,12 +121,25 @@ class MoE(nn.Module):
                 f"the router {type(self.router).__name__} chooses among {chosen.logits_TE.shape[-1]} experts, but "
                 f"`num_experts={self.num_experts}`; make them equal."
             )
+        # Whatever the router: rows that are replayed in a recomputation are those of the first choice.
+        expert_TK = keep_choice(lambda: chosen.expert_TK)
+        if expert_TK is not chosen.expert_TK:
+            chosen = replace(chosen, expert_TK=expert_TK)
         routing = self._within_capacity(chosen, x.shape, length)
-        order = Order.of(routing.expert_TK, self.num_experts, routing.may_drop)
-        self.statistics = self._measure(chosen, routing, order)
+        statistics = self._measure(chosen, routing)
+        if not in_backward():
+            # A recomputation has seen nothing new, and what it has seen need not be of the last forward.
+            self.statistics = statistics
+        beside: list[Tensor] = []
+
+        def run_shared_expert() -> None:
+            if self.shared_expert is not None:
+                beside.append(self.shared_expert(x))
+
         # In the precision of the experts: what is sent is as wide as what is multiplied.
-        out_TD = make_dispatcher(self.axes)(to_autocast(tokens_TD), routing.weight_TK, order, self.experts)
-        return restore(out_TD, length, split).to(x.dtype).view(x.shape)
+        out_TD = make_dispatcher(self.axes)(to_autocast(tokens_TD), routing, self.experts, run_shared_expert)
+        out = restore(out_TD, length, split).to(x.dtype).view(x.shape)
+        return out + beside[0] if beside else out
 
     def _within_capacity(self, routing: Routing, shape: torch.Size, tokens: int) -> Routing:
         if self.capacity_factor is None:
@@ -135,15 +156,17 @@ class MoE(nn.Module):
         tensor = axes.tensor if axes is not None and axes.tokens_are_split else SINGLE
         return limit_to_capacity(routing, self.num_experts, self.capacity_factor, tokens, batch, tensor)
 
-    def _measure(self, chosen: Routing, routing: Routing, order: Order) -> RoutingStatistics:
+    def _measure(self, chosen: Routing, routing: Routing) -> RoutingStatistics:
         """The statistics of what the router chose, and of what capacity left of it."""
         limited = routing is not chosen
-        counts_E = count_experts(chosen.expert_TK, self.num_experts) if limited else order.counts_E
+        counts_E = count_experts(chosen.expert_TK, self.num_experts)
         return RoutingStatistics(
             counts_E=counts_E,
             scores_E=chosen.scores_TE.sum(0),
             z=chosen.logits_TE.logsumexp(-1).square().sum(),
-            dropped=counts_E.sum() - order.counts_E.sum() if limited else counts_E.new_zeros(()),
+            dropped=counts_E.sum() - (routing.expert_TK < self.num_experts).sum()
+            if limited
+            else counts_E.new_zeros(()),
             tokens=chosen.expert_TK.shape[0],
             top_k=chosen.expert_TK.shape[1],
         )

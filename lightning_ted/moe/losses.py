@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from lightning_ted.collectives.phase import dual
 from lightning_ted.collectives.primitives import all_reduce
 from lightning_ted.mesh import Axis
 from lightning_ted.moe.layer import MoE, moe_layers
@@ -28,7 +28,7 @@ class _SumStatistics(torch.autograd.Function):
         return all_reduce(packed, world)
 
     @staticmethod
-    @once_differentiable
+    @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return all_reduce(grad, ctx.data), None, None
 

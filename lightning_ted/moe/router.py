@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ted.errors import TEDError
-from lightning_ted.moe.routing import Routing
+from lightning_ted.moe.routing import Routing, keep_choice
 
 
 def _normalized(scores: Tensor) -> Tensor:
@@ -70,7 +70,8 @@ class TopKRouter(nn.Module):
             else:
                 chosen_TE = logits_TE.sigmoid()
                 scores_TE = _normalized(chosen_TE)
-            weight_TK, expert_TK = chosen_TE.topk(self.top_k, dim=-1)
+            expert_TK = keep_choice(lambda: chosen_TE.detach().topk(self.top_k, dim=-1).indices)
+            weight_TK = chosen_TE.gather(-1, expert_TK)
             if self.normalize_top_k:
                 weight_TK = _normalized(weight_TK)
         return Routing(expert_TK, weight_TK, scores_TE, logits_TE)

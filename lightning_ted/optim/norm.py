@@ -10,12 +10,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_ted.collectives.phase import during
 from lightning_ted.collectives.primitives import all_reduce_
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.host import device_numbers
 
 
 @torch.no_grad()
+@during("optimizer")
 def global_norm(grads: Sequence[Tensor], shares: Sequence[float], mesh: TEDMesh, device: torch.device) -> Tensor:
     """The 2-norm of the whole gradient, the same on every rank; a 0-dim float64 tensor.
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lightning_ted.collectives.phase import during
 from lightning_ted.collectives.primitives import start_all_reduce_, wait
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import Family, ParamLayout
@@ -226,6 +227,7 @@ class GradientReducer:
             self.sent_early += self._start(self._order[self._next])
             self._next += 1
 
+    @during("backward")
     def _start(self, bucket: SharedBucket) -> int:
         if len(self._in_flight) >= _IN_FLIGHT:
             self._in_flight.pop(0).finish_reducing()
@@ -234,6 +236,7 @@ class GradientReducer:
         self.sent += sent
         return sent
 
+    @during("backward")
     def end_pass(self) -> None:
         """To be called after backward: whatever has not been reduced is, unless passes accumulate.
 

@@ -11,6 +11,7 @@ from collections import Counter, deque
 import torch
 from torch import Tensor
 
+from lightning_ted.collectives.phase import during
 from lightning_ted.optim.fused import fused_where_possible
 from lightning_ted.optim.gradient_buffer import GradientBuffer
 from lightning_ted.optim.segments import Work
@@ -22,6 +23,7 @@ class ShardedStep(OptimizerShare):
     """This rank's share, and the step over it."""
 
     @torch.no_grad()
+    @during("optimizer")
     def step(self, update: Update) -> None:
         """Step this rank's share by ``update``, the optimizer's own arithmetic, and exchange the weights. A collective."""
         self._reattach()

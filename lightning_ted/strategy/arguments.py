@@ -11,8 +11,11 @@ import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
+from torch import nn
 
+from lightning_ted.collectives.tape import KEEP_POLICIES
 from lightning_ted.errors import UnsupportedError
+from lightning_ted.moe.dispatch import dispatchers
 
 
 def _one_of(*kinds: type) -> Callable[[Any], bool]:
@@ -23,6 +26,14 @@ def _is_plan(value: Any) -> bool:
     entries = value.items() if isinstance(value, Mapping) else ()
     return value == "auto" or (
         isinstance(value, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in entries)
+    )
+
+
+def _are_classes(value: Any) -> bool:
+    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset, type(None))):
+        return False
+    return value is None or (
+        len(value) > 0 and all(isinstance(v, str) or (isinstance(v, type) and issubclass(v, nn.Module)) for v in value)
     )
 
 
@@ -38,6 +49,24 @@ _LEFT_TO_THE_TRAINER = "; it is usually left to the Trainer"
 _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "sequence_parallel": (lambda value: isinstance(value, bool), "True or False"),
     "duplicate_token_dropping": (lambda value: isinstance(value, bool), "True or False"),
+    "activation_checkpointing": (
+        lambda value: value in (None, "full", "comm_aware"),
+        "None, 'full' or 'comm_aware'",
+    ),
+    "activation_checkpointing_policy": (
+        _are_classes,
+        "None or a list of module classes, or of their names",
+    ),
+    "comm_aware_policy": (lambda value: value in KEEP_POLICIES, f"one of {', '.join(map(repr, KEEP_POLICIES))}"),
+    "moe_overlap_chunks": (
+        lambda value: type(value) is int and value > 0,
+        "a positive number of chunks (1 sends all tokens at once)",
+    ),
+    "moe_dispatcher": (
+        lambda value: value in dispatchers(),
+        f"one of {', '.join(map(repr, dispatchers()))}, or a name given to `register_dispatcher`",
+    ),
+    "record_communication": (lambda value: isinstance(value, bool), "True or False"),
     "zero_stage": (
         lambda value: type(value) is int and value in (1, 2),
         "1 or 2 (3, which would share out the weights, too, is not there yet)",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_ted.collectives.primitives import broadcast_
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import Cut, Family, ParamLayout
-from lightning_ted.mesh import TEDMesh
+from lightning_ted.mesh import SINGLE, TEDMesh
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.experts import Experts
 from lightning_ted.moe.layer import moe_layers
@@ -52,12 +52,16 @@ class PartitionOptions:
         plan: Tensor-parallel plan.
         sequence_parallel: Split activations over tokens between tensor-parallel regions.
         duplicate_token_dropping: Tensor ranks dispatch only their share of the tokens.
+        dispatcher: What brings tokens to the experts of other ranks.
+        overlap_chunks: In how many chunks it does.
 
     """
 
     plan: Literal["auto"] | Mapping[str, str] = "auto"
     sequence_parallel: bool = False
     duplicate_token_dropping: bool = True
+    dispatcher: str = "all_to_all"
+    overlap_chunks: int = 1
 
 
 @dataclass
@@ -258,7 +262,9 @@ def _mark_experts(
 ) -> dict[str, tuple[Cut, ...]]:
     """Give the MoE layers their axes; returns the cuts of their experts."""
     cuts: dict[str, tuple[Cut, ...]] = {}
-    for name, layer in moe_layers(module).items():
+    layers = moe_layers(module)
+    nodes = mesh.node_axes("expert") if layers and options.dispatcher == "hierarchical" else (SINGLE, SINGLE)
+    for name, layer in layers.items():
         if layer.axes is None:
             layer.axes = MoEAxes(
                 world=mesh.axis("world"),
@@ -268,6 +274,10 @@ def _mark_experts(
                 expert_tensor=mesh.axis("expert_tensor"),
                 drop_duplicates=options.duplicate_token_dropping,
                 sequence=next((region for region in record.sequences.values() if region.contains(name)), None),
+                inside=nodes[0],
+                across=nodes[1],
+                dispatcher=options.dispatcher,
+                overlap_chunks=options.overlap_chunks,
             )
             if layer.axes.tokens_are_split:
                 every_name = (n for n, other in module.named_modules(remove_duplicate=False) if other is layer)

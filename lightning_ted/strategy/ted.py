@@ -18,10 +18,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile, reading
+from lightning_ted.collectives.tape import KeepPolicy
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe.layer import moe_layers
 from lightning_ted.optim.options import TrainingOptions
+from lightning_ted.recompute import CheckpointMode, RecomputeOptions, checkpoint_blocks
 from lightning_ted.strategy import _compat, checks, data, metrics
 from lightning_ted.strategy._compat import is_overridden
 from lightning_ted.strategy.arguments import check_arguments
@@ -53,6 +55,16 @@ class TEDStrategy(SteppingStrategy):
             replicas of an expert.
         sequence_parallel: Split activations over tokens between the tensor-parallel regions.
         duplicate_token_dropping: Route each token on one tensor rank only. ``False`` is for ablation.
+        activation_checkpointing: ``"full"`` makes the activations of the model's blocks again in backward; ``"comm_aware"`` does
+            so without communicating again (the paper's section 5.2). ``None`` keeps them.
+        activation_checkpointing_policy: Classes of the blocks, or their names; ``None`` finds the repeated ones.
+        comm_aware_policy: Of which collectives ``"comm_aware"`` keeps the outcome: of ``"all"``, so that the recomputation sends
+            nothing; of all but all-gathers (``"default"``); or of ``"all_to_all"`` ones, which cross nodes.
+        moe_overlap_chunks: Send the tokens of a MoE layer in so many chunks, so that experts compute on one while the next is
+            under way.
+        moe_dispatcher: ``"all_to_all"`` sends tokens to their experts directly, ``"hierarchical"`` inside the node first, then
+            across nodes.
+        record_communication: Count what is sent, for :attr:`communication`.
         zero_stage: 1 shares out the optimizers' state (and the 32-bit weights of 16-bit training) over the data-parallel ranks
             of each parameter; 2 also frees the gradients that a rank does not step.
         optimizer_tile_size: Elements that are stepped at a time, which bounds what a step needs beside the state; ``None``
@@ -84,6 +96,12 @@ class TEDStrategy(SteppingStrategy):
         rank_order: RankOrder = "expert_first",
         sequence_parallel: bool = False,
         duplicate_token_dropping: bool = True,
+        activation_checkpointing: CheckpointMode | None = None,
+        activation_checkpointing_policy: list[str | type[torch.nn.Module]] | None = None,
+        comm_aware_policy: KeepPolicy = "all",
+        moe_overlap_chunks: int = 1,
+        moe_dispatcher: str = "all_to_all",
+        record_communication: bool = False,
         zero_stage: int = 1,
         optimizer_tile_size: int | None = 2**24,
         offload_optimizer: bool = False,
@@ -104,6 +122,16 @@ class TEDStrategy(SteppingStrategy):
                 "`sequence_parallel=True` splits the tokens before the experts, which leaves no duplicates to keep: "
                 "`duplicate_token_dropping=False` cannot be had with it. Leave one of the two at its default."
             )
+        for argument, value, default in (
+            ("activation_checkpointing_policy", activation_checkpointing_policy, None),
+            ("comm_aware_policy", comm_aware_policy, "all"),
+        ):
+            wanted = "comm_aware" if argument == "comm_aware_policy" else "full"
+            if value != default and activation_checkpointing not in (wanted, "comm_aware"):
+                raise UnsupportedError(
+                    f"`{argument}={value!r}` has no effect with `activation_checkpointing={activation_checkpointing!r}`; set that "
+                    f"to {wanted!r}, or leave `{argument}` out."
+                )
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -113,7 +141,15 @@ class TEDStrategy(SteppingStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self._options = PartitionOptions(tensor_parallel_plan, sequence_parallel, duplicate_token_dropping)
+        self._options = PartitionOptions(
+            tensor_parallel_plan, sequence_parallel, duplicate_token_dropping, moe_dispatcher, moe_overlap_chunks
+        )
+        self._recompute = (
+            RecomputeOptions(activation_checkpointing, comm_aware_policy) if activation_checkpointing else None
+        )
+        self._recomputed_blocks = activation_checkpointing_policy
+        #: Whether what is sent is counted; may be switched at any time.
+        self.record_communication = record_communication
         self._training_options = TrainingOptions(
             zero_stage, optimizer_tile_size, offload_optimizer, fp32_gradients, overlap_weight_gather
         )
@@ -190,7 +226,7 @@ class TEDStrategy(SteppingStrategy):
         if made is not None:
             self._mesh = made  # its layers communicate on it
         elif self._mesh is None or self._mesh.topology != topology or not self._mesh.is_alive:
-            self._mesh = TEDMesh(topology, self.root_device.type, self._timeout)
+            self._mesh = TEDMesh(topology, self.root_device.type, self._timeout, self.num_processes)
         module._device_mesh = self._mesh.dense
         # Made now, when every rank makes it; one that asked for it alone would be alone in making groups.
         _ = self._mesh.expert
@@ -228,6 +264,7 @@ class TEDStrategy(SteppingStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         self.model_to_device()
         self._partition(module)  # what a `setup` hook has added
+        checkpoint_blocks(self.model, self._recompute, self._recomputed_blocks)
         metrics.synchronize_over_data(module, self.mesh.axis("data"))
         self._checked_stages.clear()
         self.barrier("setup")

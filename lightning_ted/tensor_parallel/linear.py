@@ -133,5 +133,5 @@ class RowParallelLinear(nn.Linear):
         if sequence is None:
             output = row_linear(input, self.weight, axis)
         else:
-            output = sequence.scatter(F.linear(input, self.weight))
+            output = sequence.linear_scatter(input, self.weight)
         return output if self.bias is None else output + self.bias.to(output.dtype)

@@ -374,7 +374,7 @@ def compiled(sequence: bool) -> float:
     partition_module(model, TEDMesh(TP2), PartitionOptions(sequence_parallel=sequence))
     block, x = model.blocks[0].ffn, torch.randn(2, 6, 16)
     if sequence:  # as it is inside of the stack
-        x, block.gate_proj.region.sequence.length = x[:, :3], 6
+        x, block.gate_proj.region.sequence._length = x[:, :3], 6
     grads = []
     for _ in range(2):
         block.zero_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_ted.moe.dispatcher import Order, regroup
+from lightning_ted.moe.dispatch.order import Order, regroup
 from lightning_ted.moe.rows import combine_rows, expand_tokens, permute_rows
 
 
@@ -27,7 +27,7 @@ def test_combining_undoes_expanding() -> None:
 def test_rows_are_sorted_by_expert_and_keep_the_order_of_tokens() -> None:
     order = Order.of(torch.tensor([[2, 0], [0, 1], [2, 3]]), 3)  # 3: not routed
     assert order.order_N.tolist() == [1, 2, 3, 0, 4, 5]
-    assert order.counts_E.tolist() == [2, 1, 2]
+    assert order.counts_CE.tolist() == [[2, 1, 2]]
     assert order.position_TK.flatten()[order.order_N].tolist() == list(range(6))
 
 

@@ -18,6 +18,7 @@ from lightning_ted.layout import ParamLayout
 from lightning_ted.moe.layer import moe_layers
 from lightning_ted.optim.probe import update_kind
 from lightning_ted.strategy._compat import AVERAGING_CALLBACKS, is_overridden
+from lightning_ted.strategy.partition import PartitionOptions
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import Topology
 
@@ -92,6 +93,22 @@ def warn_of_idle_sizes(module: nn.Module, styles: Mapping[str, Style], topology:
             f"`tensor_parallel_size='auto'` is 1: {name} has no tensor-parallel plan with a number of attention heads that "
             f"the devices of a node could share. HINT: give it {plan}, or the size as a number."
         )
+
+
+def warn_of_idle_dispatch(topology: Topology, options: PartitionOptions, ranks_per_node: int) -> None:
+    """Say where a way of sending tokens makes no difference."""
+    if options.overlap_chunks > 1 and topology.expert == 1:
+        rank_zero_warn(
+            f"`moe_overlap_chunks={options.overlap_chunks}` overlaps nothing, because `expert_parallel_size=1` sends no token to "
+            "another rank; it only makes the experts' products smaller. HINT: leave it at 1."
+        )
+    if options.dispatcher == "hierarchical":
+        inside, across = topology.node_groups("expert", 0, ranks_per_node)
+        if len(inside) == 1 or len(across) == 1:
+            where = "one rank in each node" if len(inside) == 1 else "one node"
+            rank_zero_warn(
+                f"`moe_dispatcher='hierarchical'` sends as 'all_to_all' does, because an expert-parallel group has {where}."
+            )
 
 
 def refuse_averaging_of_rounded_weights(trainer: pl.Trainer, working: Mapping[str, torch.dtype]) -> None:

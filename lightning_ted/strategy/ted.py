@@ -203,6 +203,9 @@ class TEDStrategy(SteppingStrategy):
         )
         if module is not None and self._has_all_layers(module) and not is_overridden("setup", module):
             self._refuse_idle_sizes(module, topology)
+        if self._options.dispatcher == "hierarchical":
+            for ranks in topology.groups("expert"):
+                topology.node_groups("expert", ranks[0], self.num_processes)
         return topology
 
     def _refuse_idle_sizes(self, module: pl.LightningModule, topology: Topology) -> dict[str, Style]:
@@ -277,6 +280,7 @@ class TEDStrategy(SteppingStrategy):
         self.setup_precision_plugin()
         if not self._described:
             checks.warn_of_idle_sizes(module, styles, self.topology, self._tensor_parallel_size)
+            checks.warn_of_idle_dispatch(self.topology, self._options, self.num_processes)
             rank_zero_info(checks.describe(module, self._layouts, self.topology))
             self._described = True
         data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_ted.collectives import exchange
 from lightning_ted.collectives.recorder import CommRecorder
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe import MoE, Routing, TopKRouter, auxiliary_loss, expert_counts
@@ -21,6 +22,13 @@ from tests.support.reduced import reduced
 
 WIDTH = 8
 MODES = {"dtd": PartitionOptions(), "undropped": PartitionOptions(duplicate_token_dropping=False)}
+#: Other ways of sending the same.
+WAYS = {
+    "chunks": PartitionOptions(overlap_chunks=3),
+    "hierarchical": PartitionOptions(dispatcher="hierarchical"),
+    "hierarchical chunks": PartitionOptions(dispatcher="hierarchical", overlap_chunks=2),
+}
+OPTIONS = MODES | WAYS
 
 
 class Layer(nn.Module):
@@ -30,6 +38,8 @@ class Layer(nn.Module):
         super().__init__()
         torch.manual_seed(3)
         self.before = nn.Linear(WIDTH, WIDTH)
+        if isinstance(options.get("shared_expert"), type):
+            options = {**options, "shared_expert": options["shared_expert"]()}
         self.moe = MoE(WIDTH, 16, 4, **{"bias": True, "aux_loss_coef": 0.1, "z_loss_coef": 0.01, **options})  # type: ignore[arg-type]
         self.double()
 
@@ -74,13 +84,13 @@ def step(
 ) -> dict[str, float]:
     """Worst error of every gradient against one process, on one rank."""
     options = options or {}
-    mesh = TEDMesh(topology)
+    mesh = TEDMesh(topology, ranks_per_node=2)
     layer = Layer(**options)
     if one_expert:
         favour_one_expert(layer)
-    layouts = partition_module(layer, mesh, MODES[mode])
+    layouts = partition_module(layer, mesh, OPTIONS[mode])
     x = inputs(lengths)[topology.coordinates(dist.get_rank()).data]
-    with reduced(layer, mesh, layouts, MODES[mode]) as gradients:
+    with reduced(layer, mesh, layouts, OPTIONS[mode]) as gradients:
         loss_of(layer, x).backward()
     want = oracle(lengths, one_expert, options)
     return {name: (gradients[name] - want[name]).abs().max().item() for name, _ in layer.named_parameters()}
@@ -89,7 +99,7 @@ def step(
 LAYOUTS = [Topology(4, 1, 4, 1), Topology(4, 2, 2, 2), Topology(4, 2, 4, 1), Topology(4, 4, 2, 1), Topology(4, 4, 1, 4)]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", OPTIONS)
 @pytest.mark.parametrize("topology", LAYOUTS, ids=lambda t: f"tp{t.tensor}-ep{t.expert}-etp{t.expert_tensor}")
 def test_odd_batches_give_the_gradients_of_one_process(pools: Pools, topology: Topology, mode: str) -> None:
     data = topology.data
@@ -165,10 +175,10 @@ def test_counts_and_auxiliary_loss_do_not_depend_on_the_layout(pools: Pools) -> 
     assert len(rates) == 1 and 0 < rates.pop() < 1
 
 
-def host_reads(topology: Topology, options: dict[str, object], dtype: torch.dtype) -> tuple[int, int]:
+def host_reads(topology: Topology, mode: str, options: dict[str, object], dtype: torch.dtype) -> tuple[int, int]:
     """Numbers that a layer's forward and backward read on the host, each a synchronisation on a GPU."""
     layer = Layer(**options).to(dtype)
-    partition_module(layer, TEDMesh(topology), PartitionOptions())
+    partition_module(layer, TEDMesh(topology, ranks_per_node=2), OPTIONS[mode])
     x = inputs([6] * topology.data)[topology.coordinates(dist.get_rank()).data].to(dtype).requires_grad_()
     reads = 0
 
@@ -195,8 +205,96 @@ def host_reads(topology: Topology, options: dict[str, object], dtype: torch.dtyp
 def test_layer_reads_the_host_once(
     pools: Pools, topology: Topology, options: dict[str, object], dtype: torch.dtype
 ) -> None:
-    for forward, backward in pools(4).run(host_reads, topology, options, dtype):
+    for forward, backward in pools(4).run(host_reads, topology, "dtd", options, dtype):
         assert (forward, backward) == (1, 0)
+
+
+@pytest.mark.parametrize("mode", WAYS)
+def test_layer_reads_the_host_once_however_it_sends(pools: Pools, mode: str) -> None:
+    for reads in pools(4).run(host_reads, Topology(4, 1, 4, 1), mode, {}, torch.float32):
+        assert reads == (1, 0)
+
+
+def output_and_traffic(mode: str) -> tuple[Tensor, Tensor, dict[tuple[str, str], int]]:
+    mesh = TEDMesh(Topology(4, 1, 4, 1), ranks_per_node=2)
+    layer = Layer()
+    partition_module(layer, mesh, OPTIONS[mode])
+    x = inputs([6, 9, 5, 7])[dist.get_rank()].requires_grad_()
+    with mesh.recording(CommRecorder()) as recorder:
+        output = layer(x)
+        output.square().sum().backward()
+    assert x.grad is not None
+    return output.detach(), x.grad, dict(recorder.calls)
+
+
+def test_hierarchical_exchange_gives_the_same_bits_by_messages_inside_nodes_and_across(pools: Pools) -> None:
+    direct, staged = pools(4).run(output_and_traffic, "dtd"), pools(4).run(output_and_traffic, "hierarchical")
+    for (output, grad, calls), (other, other_grad, other_calls) in zip(direct, staged, strict=True):
+        assert torch.equal(output, other) and torch.equal(grad, other_grad)
+        # Counts, rows out and back, and the same two ways in backward.
+        assert {key: n for key, n in calls.items() if key[0] == "all_to_all"} == {("all_to_all", "expert"): 5}
+        inside_and_across = {("all_to_all", "expert_inside"): 5, ("all_to_all", "expert_across"): 5}
+        assert {key: n for key, n in other_calls.items() if key[0] == "all_to_all"} == inside_and_across
+
+
+class Dense(nn.Module):
+    """A shared expert that says when it runs."""
+
+    def __init__(self, log: list[str] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.log = [] if log is None else log
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.append("dense")
+        y = self.linear(x)
+        y.register_hook(lambda grad: self.log.append("dense backward"))
+        return y
+
+
+def order_of_events(mode: str) -> list[str]:
+    log: list[str] = []
+    layer = Layer(shared_expert=Dense(log))
+    partition_module(layer, TEDMesh(Topology(4, 1, 4, 1), ranks_per_node=2), OPTIONS[mode])
+    x = inputs([6] * 4)[dist.get_rank()]
+    layer.moe.experts.register_forward_pre_hook(lambda module, args: log.append("experts"))
+
+    def logging(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            log.append(name)
+            return function(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("start_all_to_all_rows", "wait"):
+            patch.setattr(exchange, name, logging(name.partition("_")[0], getattr(exchange, name)))
+        layer(x).sum().backward()
+    return log
+
+
+def test_dense_branch_computes_while_tokens_are_under_way(pools: Pools) -> None:
+    forward = ["start", "dense", "wait", "experts", "start", "wait"]
+    backward = ["start", "wait", "start", "dense backward", "wait"]
+    for log in pools(4).run(order_of_events, "dtd"):
+        assert log == forward + backward
+
+
+def test_experts_compute_while_the_next_chunk_is_under_way(pools: Pools) -> None:
+    forward = ["start"] * 3 + ["dense"] + ["wait", "experts", "start"] * 3 + ["wait"] * 3
+    backward = ["start"] * 3 + ["wait", "start"] * 3 + ["dense backward"] + ["wait"] * 3
+    for log in pools(4).run(order_of_events, "chunks"):
+        assert log == forward + backward
+
+
+@pytest.mark.parametrize("mode", OPTIONS)
+@pytest.mark.parametrize("topology", LAYOUTS, ids=lambda t: f"tp{t.tensor}-ep{t.expert}-etp{t.expert_tensor}")
+def test_shared_expert_gives_the_gradients_of_one_process(pools: Pools, topology: Topology, mode: str) -> None:
+    lengths = [5, 3, 7, 1][: topology.data]
+    for rank in pools(4).run(step, topology, mode, lengths, False, {"shared_expert": Dense}):
+        assert "moe.shared_expert.linear.weight" in rank
+        assert max(rank.values()) < 1e-12
 
 
 def autocast_traffic(topology: Topology, enabled: bool) -> dict[tuple[str, str], int]:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lightning_ted.collectives.primitives import all_reduce
 from lightning_ted.errors import TEDError
 from lightning_ted.mesh import SINGLE, Axis, TEDMesh
 from lightning_ted.topology import AXIS_NAMES, Topology
@@ -269,3 +270,21 @@ def gradient_groups(topology):
 def test_gradients_are_reduced_in_groups_of_their_own(pools, topology):
     for rank in pools(4).run(gradient_groups, topology):
         assert all(rank.values())
+
+
+def node_groups() -> tuple[list[int], list[int], list[int]]:
+    mesh = TEDMesh(Topology(4, expert=4), ranks_per_node=2)
+    inside, across = mesh.node_axes("expert")
+    found = [sorted(dist.get_process_group_ranks(axis.attached_group)) for axis in (inside, across)]
+    sums = [all_reduce(torch.tensor(dist.get_rank()), axis).item() for axis in (inside, across)]
+    return found[0], found[1], [*map(int, sums)]
+
+
+def test_an_axis_is_split_into_a_part_inside_the_node_and_one_across(pools):
+    found = pools(4).run(node_groups)
+    assert found == [
+        ([0, 1], [0, 2], [1, 2]),
+        ([0, 1], [1, 3], [1, 4]),
+        ([2, 3], [0, 2], [5, 2]),
+        ([2, 3], [1, 3], [5, 4]),
+    ]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lightning_ted.recompute import RecomputeOptions
 from tests.support.models import TinyConfig
 from tests.support.parity import Case, Part, run_cases, whole_error
 from tests.support.pool import Pools
@@ -52,15 +53,39 @@ def check(pools: Pools, cases: Sequence[Case], tolerance: float) -> None:
     assert not wrong, f"{cases[0]}: relative errors above {tolerance}: {wrong}"
 
 
+RECOMPUTE = [
+    None,
+    RecomputeOptions("full"),
+    RecomputeOptions("comm_aware"),
+    None,
+    RecomputeOptions("full"),
+    RecomputeOptions("comm_aware", "default"),
+    None,
+    RecomputeOptions("full"),
+    RecomputeOptions("comm_aware", "all_to_all"),
+]
+
+
 def stepped(case: Case) -> list[Case]:
     """With every top-k, both ZeRO stages, with and without accumulation, and tiles that cut parameters at odd places.
 
-    Accumulation costs as many passes as micro-batches; under which of the stages, the layouts take turns.
+    Accumulation costs as many passes as micro-batches; under which of the stages, the layouts take turns. Each layout trains
+    without activation checkpointing, with it and with it aware of communication: in which of these ways, they take turns, and
+    so they do with dispatchers and chunks.
     """
-    stage = 1 + GRID.index(case) % 2
-    ways = [(1, 1, 1, None), (2, 2, 1, 1000), (3, stage, 3, 77)]
+    turn = GRID.index(case)
+    ways = [(1, 1, 1, None), (2, 2, 1, 1000), (3, 1 + turn % 2, 3, 77)]
     return [
-        replace(case, config=replace(case.config, top_k=k), zero_stage=stage, accumulate=accumulate, tile_size=tile)
+        replace(
+            case,
+            config=replace(case.config, top_k=k),
+            zero_stage=stage,
+            accumulate=accumulate,
+            tile_size=tile,
+            recompute=RECOMPUTE[(turn + k) % len(RECOMPUTE)],
+            dispatcher=("all_to_all", "hierarchical")[(turn + k) % 2],
+            chunks=1 + (turn + k) % 3,
+        )
         for k, stage, accumulate, tile in ways
     ]
 

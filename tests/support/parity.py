@@ -15,6 +15,7 @@ from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.optim.step import ShardedStep
+from lightning_ted.recompute import RecomputeOptions, checkpoint_blocks
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
 from lightning_ted.topology import RankOrder, Topology
 from tests.support.models import TinyConfig, TinyDecoder
@@ -41,6 +42,9 @@ class Case:
     zero_stage: int = 1
     accumulate: int = 1
     tile_size: int | None = 2**24
+    recompute: RecomputeOptions | None = None
+    dispatcher: str = "all_to_all"
+    chunks: int = 1
 
     @property
     def topology(self) -> Topology:
@@ -48,7 +52,8 @@ class Case:
 
     @property
     def options(self) -> PartitionOptions:
-        return PartitionOptions("auto", self.mode == "sequence", self.mode != "undropped")
+        split = self.mode == "sequence"
+        return PartitionOptions("auto", split, self.mode != "undropped", self.dispatcher, self.chunks)
 
     def __str__(self) -> str:
         return f"w{self.world}-tp{self.tensor}-ep{self.expert}-etp{self.expert_tensor}-{self.order}-{self.mode}"
@@ -144,6 +149,7 @@ def sharded(case: Case, mesh: TEDMesh) -> tuple[Outcome, dict[str, ParamLayout]]
     """One rank of the same under a layout, on its share of the batch; and how the layout cuts."""
     module = build(case.config, case.dtype)
     layouts = partition_module(module, mesh, case.options)
+    checkpoint_blocks(module, case.recompute)
     optimizer = make_optimizer(case.optimizer, module)
     options = TrainingOptions(case.zero_stage, case.tile_size)
     training = training_of(module, mesh, layouts, optimizer, case.options, options)
@@ -209,5 +215,8 @@ def errors(case: Case, mesh: TEDMesh) -> dict[str, Part]:
 
 def run_cases(cases: Sequence[Case]) -> list[dict[str, Part]]:
     """Errors of several cases, on one rank; those of one topology share their process groups."""
-    meshes = {topology: TEDMesh(topology) for topology in dict.fromkeys(case.topology for case in cases)}
+    # Nodes of two ranks, so that a hierarchical exchange has something to cross.
+    meshes = {
+        topology: TEDMesh(topology, ranks_per_node=2) for topology in dict.fromkeys(case.topology for case in cases)
+    }
     return [errors(case, meshes[case.topology]) for case in cases]

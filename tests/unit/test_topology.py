@@ -169,3 +169,17 @@ def test_unknown_axes_are_refused():
 def test_divisors_are_complete_and_ascending():
     for number in range(1, 200):
         assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
+def test_groups_are_split_by_nodes():
+    wide = Topology(8, expert=8)
+    assert wide.node_groups("expert", 5, 4) == ((4, 5, 6, 7), (1, 5))
+    assert wide.node_groups("expert", 5, 8) == (tuple(range(8)), (5,))
+    assert wide.node_groups("expert", 5, 1) == ((5,), tuple(range(8)))
+    assert Topology(8, expert=4, order="data_first").node_groups("expert", 3, 4) == ((1, 3), (3, 7))
+
+
+def test_groups_that_lie_unevenly_on_nodes_are_refused():
+    with pytest.raises(LayoutError, match=r"ranks \[0, 1, 2, 3, 4, 5, 6, 7\] lie unevenly on nodes of 6"):
+        Topology(24, expert=8).node_groups("expert", 0, 6)
+    assert Topology(24, expert=8).node_groups("expert", 8, 4) == ((8, 9, 10, 11), (8, 12))

@@ -20,6 +20,7 @@ from lightning_ted.mesh import TEDMesh
 from lightning_ted.strategy import checks
 from lightning_ted.strategy.hints import add_hint
 from lightning_ted.strategy.metrics import reduce_over
+from lightning_ted.strategy.partition import PartitionOptions
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import Topology
 from tests.support.reduced import training_of
@@ -100,6 +101,30 @@ def test_sizes_that_do_less_than_one_may_think_are_told_of() -> None:
         warnings.simplefilter("error")
         checks.warn_of_idle_sizes(_Planned(), {"layer": Style("colwise")}, Topology(2, 2), "auto")
         checks.warn_of_idle_sizes(BoringModel(), {}, Topology(2), 1)
+
+
+def test_ways_of_sending_that_make_no_difference_are_told_of() -> None:
+    with pytest.warns(UserWarning, match="`moe_overlap_chunks=2` overlaps nothing"):
+        checks.warn_of_idle_dispatch(Topology(4), PartitionOptions(overlap_chunks=2), 4)
+    hierarchical = PartitionOptions(dispatcher="hierarchical", overlap_chunks=2)
+    with pytest.warns(UserWarning, match="'hierarchical'` sends as 'all_to_all' does, .* has one node"):
+        checks.warn_of_idle_dispatch(Topology(4, expert=4), hierarchical, 4)
+    with pytest.warns(UserWarning, match="has one rank in each node"):
+        checks.warn_of_idle_dispatch(Topology(4, 2, 2, 2), hierarchical, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checks.warn_of_idle_dispatch(Topology(4, expert=4), hierarchical, 2)
+
+
+def test_groups_that_lie_unevenly_on_nodes_are_refused_before_processes_start() -> None:
+    strategy = TEDStrategy(
+        expert_parallel_size=8, moe_dispatcher="hierarchical", parallel_devices=[torch.device("cpu")] * 6
+    )
+    strategy.num_nodes = 4
+    with pytest.raises(
+        LayoutError, match="lie unevenly on nodes of 6; choose an `expert_parallel_size` that divides the 6"
+    ):
+        _ = strategy.topology
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from examples.decoder.lightning_module import DecoderModule
 from examples.decoder.model import DecoderConfig
 from examples.decoder.text import split
 from lightning_ted import TEDStrategy
-from lightning_ted.collectives.recorder import CommRecorder
 
 RANKS = 4
 GLOBAL_BATCH, SEQUENCE = 16, 256
@@ -127,15 +126,10 @@ class Meter(L.Callback):
         self.warmup = warmup
         self.result = result
         self._start: float | None = None
-        self._recording: Any = None
-        self._recorder = CommRecorder()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if batch_idx == self.warmup and isinstance(trainer.strategy, TEDStrategy):
-            self._recording = trainer.strategy.mesh.recording(self._recorder)
-            self._recording.__enter__()
         if batch_idx >= self.warmup and self._start is None:
             self._start = cpu_seconds()
 
@@ -149,14 +143,10 @@ class Meter(L.Callback):
         now = cpu_seconds()
         self.result.cpu.append(now - self._start)
         self._start = now
-        self.result.traffic.append({f"{kind}/{axis}": n for (kind, axis), n in sorted(self._recorder.bytes.items())})
-        self.result.calls.append({f"{kind}/{axis}": n for (kind, axis), n in sorted(self._recorder.calls.items())})
-        self._recorder.bytes.clear()
-        self._recorder.calls.clear()
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._recording is not None:
-            self._recording.__exit__(None, None, None)
+        if isinstance(trainer.strategy, TEDStrategy):
+            sent = trainer.strategy.communication
+            self.result.traffic.append({f"{kind}/{axis}": n for (kind, axis), n in sorted(sent.bytes.items())})
+            self.result.calls.append({f"{kind}/{axis}": n for (kind, axis), n in sorted(sent.calls.items())})
 
 
 def cpu_seconds() -> float:
@@ -194,7 +184,9 @@ def run_rank(model: str, layout_name: str, warmup: int, steps: int, profile: Pat
     imports = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     L.seed_everything(0, verbose=False)
-    strategy: Any = "auto" if layout.ranks == 1 else "ddp" if layout.ted is None else TEDStrategy(**layout.ted)
+    strategy: Any = "auto" if layout.ranks == 1 else "ddp"
+    if layout.ted is not None:
+        strategy = TEDStrategy(**layout.ted, record_communication=True)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=layout.ranks,

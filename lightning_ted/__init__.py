@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ted.strategy.registry import register_lazily
 
 if TYPE_CHECKING:
+    from lightning_ted.callbacks import CommunicationMonitor as CommunicationMonitor
     from lightning_ted.callbacks import ExpertLoadMonitor as ExpertLoadMonitor
     from lightning_ted.callbacks import TokenThroughput as TokenThroughput
     from lightning_ted.moe import MoE as MoE
@@ -27,12 +28,14 @@ _HOME = {
     "TopKRouter": "lightning_ted.moe",
     "auxiliary_loss": "lightning_ted.moe",
     "expert_counts": "lightning_ted.moe",
+    "CommunicationMonitor": "lightning_ted.callbacks",
     "ExpertLoadMonitor": "lightning_ted.callbacks",
     "TokenThroughput": "lightning_ted.callbacks",
     "Topology": "lightning_ted.topology",
 }
 
 __all__ = [
+    "CommunicationMonitor",
     "ExpertLoadMonitor",
     "MoE",
     "TEDStrategy",

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ted.errors import TEDError
+from lightning_ted.callbacks.frequency import checked_frequency, is_due
 from lightning_ted.moe import drop_rate, expert_counts
 from lightning_ted.moe.layer import moe_layers
 
@@ -33,9 +33,7 @@ class ExpertLoadMonitor(Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise TEDError(f"`every_n_steps={every_n_steps}` must be at least 1, or None.")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = checked_frequency(every_n_steps)
         self._last_step = 0
 
     @override
@@ -44,8 +42,7 @@ class ExpertLoadMonitor(Callback):
     ) -> None:
         # With gradient accumulation several batches end at the same step; the last step is kept so as to look once.
         step = trainer.global_step
-        every = self.every_n_steps or trainer.log_every_n_steps or 1  # type: ignore[attr-defined]
-        if step == self._last_step or step % every:
+        if step == self._last_step or not is_due(trainer, self.every_n_steps):
             return
         self._last_step = step
         loads = {name: imbalance(counts_E) for name, counts_E in expert_counts(pl_module).items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_ted.collectives.phase import Phase, current_phase
 
@@ -17,7 +17,7 @@ class TrafficKey(NamedTuple):
 
 
 class CommRecorder:
-    """Counts what this rank sends, in a context of :meth:`lightning_ted.mesh.TEDMesh.recording`.
+    """Counts what this rank sends, in a context of :meth:`lightning_ted.mesh.TEDMesh.recording` or in a step of training.
 
     Bytes are those that this rank sends, by the ring algorithms' counts: an all-reduce of ``n`` bytes over ``g`` ranks sends
     ``2 n (g - 1) / g``, a reduce-scatter ``n (g - 1) / g``, an all-gather of ``n`` local bytes ``n (g - 1)``, an all-to-all
@@ -27,7 +27,7 @@ class CommRecorder:
         calls_by: Number of collectives by :class:`TrafficKey`.
         bytes_by: Bytes by the same.
         kept: Bytes that regions of communication-aware checkpointing have kept for their recomputation, by ``(kind, axis)``;
-            those of several forwards are added.
+            those of several forwards are added, but in ``TEDStrategy.communication``, which tells what was kept at once.
 
     """
 
@@ -61,6 +61,28 @@ class CommRecorder:
         self.calls_by.clear()
         self.bytes_by.clear()
         self.kept.clear()
+
+
+class Recorders:
+    """Several recorders that count the same.
+
+    Args:
+        recorders: The recorders.
+
+    """
+
+    def __init__(self, *recorders: Any) -> None:
+        self._recorders = recorders
+
+    def note(self, kind: str, axis: str, sent: int) -> None:
+        """As :meth:`CommRecorder.note`."""
+        for recorder in self._recorders:
+            recorder.note(kind, axis, sent)
+
+    def note_kept(self, kind: str, axis: str, size: int) -> None:
+        """As :meth:`CommRecorder.note_kept`."""
+        for recorder in self._recorders:
+            recorder.note_kept(kind, axis, size)
 
 
 def _over_phases(counts: Counter[TrafficKey]) -> Counter[tuple[str, str]]:

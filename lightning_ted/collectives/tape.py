@@ -85,7 +85,12 @@ class Tape:
         if isinstance(value, Tensor):
             # Not the tensor itself, which is about to get the graph that keeps this tape alive.
             value = value.detach()
-        self.entries.append((key, value, value._version if isinstance(value, Tensor) else 0))
+        self.entries.append((key, value, _version(value)))
+
+
+def _version(value: Any) -> int:
+    """How often a tensor has been changed in place."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 class _Run:
@@ -119,15 +124,14 @@ class _Run:
             raise RecomputationError(
                 f"The recomputation of a checkpointed region asks for {key}, where its forward had {expected}. Both have to run "
                 "the same layers in the same order on the same shapes; leave blocks whose forward depends on anything but their "
-                "arguments and random numbers out of `activation_checkpointing_policy`, or set "
-                "`activation_checkpointing='full'`."
+                "arguments and random numbers out of `activation_checkpointing_policy`."
             )
         _, value, version = entries[self._position]
         self._position += 1
         if not isinstance(value, Tensor):
             return value, True
         # Its own tensor again, for the graph that is being made.
-        return value.detach(), value._version == version
+        return value.detach(), _version(value) == version
 
 
 #: The regions around the running code, the innermost last. One for all threads: autograd may recompute in another thread,
@@ -153,10 +157,26 @@ def kept(kind: str, axis: Axis | None, key: Hashable, make: Callable[[], T]) -> 
 
 def is_replayed(kind: str) -> bool:
     """Whether the next outcome of this kind comes from a tape, so that nobody will read what it is made of."""
+    return _is_replayed(kind) if _running else False
+
+
+def unseen(make: Callable[[], T]) -> T:
+    """``make()``, of whose parts nothing is kept, because they are of one piece with something that is."""
+    return _unseen(make) if _running else make()
+
+
+# What follows runs within regions only, and never compiled: a tape is no tensor.
+_eager = torch.compiler.disable(
+    reason="a region of `activation_checkpointing` puts the outcomes of collectives on a tape"
+)
+
+
+@_eager
+def _is_replayed(kind: str) -> bool:
     return any(run.replays for run in _running if kind in run.tape.kinds)
 
 
-@torch.compiler.disable(reason="the outcomes of collectives are put on a tape, outside of compiled code")
+@_eager
 def _kept(kind: str, axis: Axis | None, key: Hashable, make: Callable[[], T]) -> T:
     key = kind, None if axis is None else axis.name, key
     takers: list[Tape] = []
@@ -180,10 +200,8 @@ def _kept(kind: str, axis: Axis | None, key: Hashable, make: Callable[[], T]) ->
     return value
 
 
-def unseen(make: Callable[[], T]) -> T:
-    """``make()``, of whose parts nothing is kept, because they are of one piece with something that is."""
-    if not _running:
-        return make()
+@_eager
+def _unseen(make: Callable[[], T]) -> T:
     outer = _running[:]
     _running.clear()
     try:
@@ -193,8 +211,10 @@ def unseen(make: Callable[[], T]) -> T:
 
 
 def _warn_changed(kind: str) -> None:
+    what = "a router's choice" if kind == "choice" else f"an {kind.replace('_', '-')}"
+    again = "chooses" if kind == "choice" else "communicates"
     warnings.warn(
-        f"The outcome of an {kind.replace('_', '-')} was changed in place after it had been kept for the recomputation, which "
-        "therefore communicates again. Write `x = x + y` for `x += y` where `x` comes out of a row-parallel or MoE layer.",
+        f"The outcome of {what} was changed in place after it had been kept for the recomputation, which therefore {again} again. "
+        "Write `x = x + y` for `x += y` where `x` comes out of a row-parallel or MoE layer.",
         stacklevel=4,
     )

@@ -99,8 +99,9 @@ class MoE(nn.Module):
         self.axes: MoEAxes | None = None
         self.statistics: RoutingStatistics | None = None
 
+    @torch.compiler.disable(reason="a MoE layer reads on the host how many rows go where; compile its `experts` instead")
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., d_model] -> [..., d_model]``.
+        """``[..., d_model] -> [..., d_model]``. Is not compiled, whatever is compiled around it.
 
         Raises:
             TEDError: If the router returns no :class:`Routing`, or one of another number of experts.
@@ -160,10 +161,12 @@ class MoE(nn.Module):
         """The statistics of what the router chose, and of what capacity left of it."""
         limited = routing is not chosen
         counts_E = count_experts(chosen.expert_TK, self.num_experts)
+        # Without a loss that reads it, its graph would outlive the backward pass, and all that is kept for that.
+        logits_TE = chosen.logits_TE if self.z_loss_coef else chosen.logits_TE.detach()
         return RoutingStatistics(
             counts_E=counts_E,
             scores_E=chosen.scores_TE.sum(0),
-            z=chosen.logits_TE.logsumexp(-1).square().sum(),
+            z=logits_TE.logsumexp(-1).square().sum(),
             dropped=counts_E.sum() - (routing.expert_TK < self.num_experts).sum()
             if limited
             else counts_E.new_zeros(()),

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_ted.collectives.tape import KeepPolicy, Tape, keeps_operator
@@ -30,13 +31,8 @@ class RecomputeOptions:
     mode: CheckpointMode = "comm_aware"
     keep: KeepPolicy = "all"
 
-    def contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """A forward's context and that of its recomputation, on a tape of their own."""
-        tape = Tape(self.keep if self.mode == "comm_aware" else "choices")
-        return tape.recording(), tape.replaying()
 
-
-def checkpointed(options: RecomputeOptions, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def checkpointed(options: RecomputeOptions, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)``, of which only the arguments are kept for backward, which runs it again.
 
     Random numbers are the same again. Where no gradients are recorded, it is just called.
@@ -53,11 +49,25 @@ def checkpointed(options: RecomputeOptions, function: Callable[..., Any], *args:
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    contexts: Callable[[], Any] = options.contexts
-    if torch.compiler.is_compiling():
-        # A compiler cannot trace a tape; it can leave operators out of what it recomputes.
-        contexts = partial(create_selective_checkpoint_contexts, partial(_policy, options))
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    call = function
+    if isinstance(function, partial):  # as Hugging Face's layers hand over keyword arguments
+        call, args, kwargs = function.func, (*function.args, *args), {**function.keywords, **kwargs}
+    names, count = tuple(kwargs), len(args)
+
+    def run(*values: Any) -> Any:
+        return call(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
+    # Keyword arguments go by position, because those are seen to be the same in the recomputation, changed in place by nobody.
+    return checkpoint(run, *args, *kwargs.values(), use_reentrant=False, context_fn=partial(_contexts, options))
+
+
+def _contexts(options: RecomputeOptions) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """A forward's context and that of its recomputation."""
+    if get_proxy_mode() is not None:
+        # A compiler makes one graph of both. It cannot trace a tape; it can leave operators out of what it recomputes.
+        return create_selective_checkpoint_contexts(partial(_policy, options))
+    tape = Tape(options.keep if options.mode == "comm_aware" else "choices")
+    return tape.recording(), tape.replaying()
 
 
 def _policy(options: RecomputeOptions, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

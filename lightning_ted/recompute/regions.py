@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,17 +16,25 @@ from lightning_ted.recompute.checkpoint import RecomputeOptions, checkpointed
 BlockNames = Collection[str | type[nn.Module]]
 
 _OPTIONS = "_ted_recompute"
+_BEFORE = "_ted_recompute_before"
+#: What Hugging Face's layers ask while training: whether to be checkpointed, and by which function.
+_OWN_SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 class _Recomputed:
     """Mixed into the class of a block: its call, hooks included, is recomputed in backward."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return checkpointed(self.__dict__[_OPTIONS], super().__call__, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The mixed class has no name that an unpickler could find.
-        return _unpickled, (type(self).__mro__[2],), self.__dict__
+        mixed, base = type(self), _base(type(self))
+        reduced = super().__reduce_ex__(protocol)
+        assert isinstance(reduced, tuple)
+        make, args, *rest = reduced
+        args = tuple(base if arg is mixed else arg for arg in args)
+        return (_remade, (base, base if make is mixed else make, args), *rest)
 
 
 _mixed: dict[type, type] = {}
@@ -34,15 +42,20 @@ _mixed: dict[type, type] = {}
 
 def _mix(base: type) -> type:
     if base not in _mixed:
-        _mixed[base] = type(
-            base.__name__, (_Recomputed, base), {"__module__": base.__module__, "__doc__": base.__doc__}
-        )
+        names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _mixed[base] = type(base.__name__, (_Recomputed, base), names)
     return _mixed[base]
 
 
-def _unpickled(base: type) -> Any:
-    mixed = _mix(base)
-    return object.__new__(mixed)
+def _base(mixed: type) -> type:
+    return mixed.__mro__[2]
+
+
+def _remade(base: type, make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """A copy of a block, before it gets its state."""
+    block = make(*args)
+    block.__class__ = _mix(base)
+    return block
 
 
 def checkpoint_blocks(
@@ -66,16 +79,16 @@ def checkpoint_blocks(
         _switch_back(child)
     if options is None:
         return []
-    own = list(_own_switches(module)) if names is None else []
-    for child in own:
-        child.gradient_checkpointing_enable({"use_reentrant": False})
+    for child in module.modules():
+        if hasattr(child, _OWN_SWITCH[0]):
+            child.__dict__[_BEFORE] = {name: child.__dict__[name] for name in _OWN_SWITCH if name in child.__dict__}
+    switched = _switch_own(module) if names is None else set()
     blocks = find_blocks(module) if names is None else _named(module, names)
-    inside = {id(inner) for child in own for inner in child.modules()}
-    blocks = {name: block for name, block in blocks.items() if id(block) not in inside}
+    blocks = {name: block for name, block in blocks.items() if id(block) not in switched}
     for block in blocks.values():
         _switch(block, options)
     for name, child in module.named_modules():
-        if getattr(child, "gradient_checkpointing", False) is True and hasattr(child, "_gradient_checkpointing_func"):
+        if _has_switched_on(child):
             child._gradient_checkpointing_func = partial(checkpointed, options)
             blocks.setdefault(name, child)
     if not blocks:
@@ -88,18 +101,40 @@ def checkpoint_blocks(
 
 
 def _switch(block: nn.Module, options: RecomputeOptions) -> None:
-    if hasattr(block, "gradient_checkpointing"):
+    own = hasattr(block, _OWN_SWITCH[0]) and type(block).__call__ is not nn.Module.__call__
+    if own and _uncompiled(block) is block:
         # Hugging Face's layers have a switch of their own, which leaves out caches of keys and values as well.
         block.__dict__.update(gradient_checkpointing=True, _gradient_checkpointing_func=partial(checkpointed, options))
-        return
-    block.__dict__[_OPTIONS] = options
-    block.__class__ = _mix(type(block))
+    else:
+        block.__dict__[_OPTIONS] = options
+        block.__class__ = _mix(type(block))
 
 
 def _switch_back(block: nn.Module) -> None:
     if isinstance(block, _Recomputed):
         del block.__dict__[_OPTIONS]
-        block.__class__ = type(block).__mro__[2]
+        block.__class__ = _base(type(block))
+    before = block.__dict__.pop(_BEFORE, None)
+    # Unless somebody else has switched it since.
+    if before is not None and getattr(block.__dict__.get(_OWN_SWITCH[1]), "func", None) is checkpointed:
+        for name in _OWN_SWITCH:
+            block.__dict__.pop(name, None)
+        block.__dict__.update(before)
+
+
+def _switch_own(module: nn.Module) -> set[int]:
+    """Let models that can switch on the checkpointing of their layers do so; returns what they have in them."""
+    inside: set[int] = set()
+    for child in _own_switches(module):
+        child.gradient_checkpointing_enable({"use_reentrant": False})
+        layers = list(child.modules())
+        if any(_has_switched_on(layer) for layer in layers):
+            inside |= {id(layer) for layer in layers}
+    return inside
+
+
+def _has_switched_on(module: nn.Module) -> bool:
+    return module.__dict__.get(_OWN_SWITCH[0]) is True and _OWN_SWITCH[1] in module.__dict__
 
 
 def _own_switches(module: nn.Module) -> Iterator[Any]:
@@ -120,7 +155,8 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(stack, (nn.ModuleList, nn.Sequential)) or any(f"{name}.".startswith(f"{f}.") for f in found):
             continue
         blocks = [(leaf, child) for leaf, child in stack.named_children() if _is_block(child)]
-        counts = Counter(type(_uncompiled(child)) for _, child in blocks)
+        # A block that is there twice is a repeated one.
+        counts = Counter(type(_uncompiled(child)) for child in stack if _is_block(child))
         for leaf, child in blocks:
             if counts[type(_uncompiled(child))] > 1:
                 found[f"{name}.{leaf}" if name else leaf] = child

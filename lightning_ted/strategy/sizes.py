@@ -24,13 +24,14 @@ def module_styles(
     """The plan for a module, its own where ``plan`` is "auto", matched with its names.
 
     Raises:
-        PlanError: If a style is unknown, a pattern matches nothing, or it matches a part of an MoE layer.
+        PlanError: If a style is unknown, or a pattern matches nothing, or a part of a MoE layer other than its shared expert.
 
     """
     styles = expand_plan(module, collect_plan(module) if plan == "auto" else plan, complete)
     for layer in moe_layers(module):
         for name in styles:
-            if f"{name}.".startswith(f"{layer}."):
+            # A shared expert is an ordinary network.
+            if f"{name}.".startswith(f"{layer}.") and not f"{name}.".startswith(f"{layer}.shared_expert."):
                 raise PlanError(
                     f"`tensor_parallel_plan` names '{name}', a part of MoE layer '{layer}', which `expert_tensor_parallel_size` "
                     "cuts; leave it out of the plan."

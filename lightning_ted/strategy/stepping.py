@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ted.collectives.phase import during
+from lightning_ted.collectives.recorder import CommRecorder
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.optim.sharded import unshard_optimizer
 from lightning_ted.strategy import checks
 from lightning_ted.strategy.arrival import wait_for_own, wait_in_forward
+from lightning_ted.strategy.communication import StepTraffic
 from lightning_ted.strategy.partition import PartitionOptions
 from lightning_ted.strategy.precision import for_shards, working_dtypes
 from lightning_ted.strategy.ranks import RankedStrategy
@@ -30,17 +34,37 @@ class SteppingStrategy(RankedStrategy):
 
     _options: PartitionOptions
     _training_options: TrainingOptions
+    #: Whether what is sent is counted, for :attr:`communication`; may be switched at any time.
+    record_communication: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._layouts: dict[str, ParamLayout] = {}
         self._names_at_connect: list[tuple[Parameter, str]] = []
         self._training: Training | None = None
+        self._traffic = StepTraffic()
 
     @property
     def layouts(self) -> dict[str, ParamLayout]:
         """How each parameter and buffer is cut, by qualified name."""
         return self._layouts
+
+    @property
+    def communication(self) -> CommRecorder:
+        """What this rank sent in the last step of training: calls and bytes by kind, axis and phase.
+
+        A step is everything from the first of the batches that it accumulates to the step of the optimizer, or of all optimizers
+        that step in the same batch; evaluations in between are no part of it. In ``kept``, what regions of communication-aware
+        checkpointing kept at once: that of the micro-batch with the most. The object is not changed by later steps.
+
+        Raises:
+            UnsupportedError: Unless ``record_communication`` is set; or if no step has been counted from its beginning.
+
+        """
+        return self._traffic.read(self.record_communication)
+
+    def _counted(self) -> AbstractContextManager[None]:
+        return self._traffic.counted(self.mesh.ledger, self.record_communication)
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
@@ -50,6 +74,7 @@ class SteppingStrategy(RankedStrategy):
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         self._reset_optimizers_and_schedulers()
+        self._traffic = StepTraffic()
         assert self.lightning_module is not None
         module, layouts = self.lightning_module, self._layouts
         named = dict(module.named_parameters())
@@ -121,15 +146,22 @@ class SteppingStrategy(RankedStrategy):
         self._precision_plugin = precision_plugin
 
     @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        with self._counted():
+            return super().training_step(*args, **kwargs)
+
+    @override
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None and self._training is not None
-        self.pre_backward(closure_loss)
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        # Reduced before `on_after_backward`, which then sees summed gradients, as under DDP.
-        with self._training.backward():
-            self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
-        closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
-        self.post_backward(closure_loss)
+        with self._counted():
+            self.pre_backward(closure_loss)
+            closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+            # Reduced before `on_after_backward`, which then sees summed gradients, as under DDP.
+            with self._training.backward():
+                self.precision_plugin.backward(closure_loss, self.lightning_module, optimizer, *args, **kwargs)
+            closure_loss = self.precision_plugin.post_backward(closure_loss, self.lightning_module)
+            self.post_backward(closure_loss)
+            self._traffic.end_pass()
         return closure_loss
 
     @override
@@ -137,7 +169,10 @@ class SteppingStrategy(RankedStrategy):
         assert self.lightning_module is not None and self._training is not None
         if not self.lightning_module.automatic_optimization and self.world_size > 1:
             self._training.require_reduced(optimizer)
-        return super().optimizer_step(optimizer, *args, **kwargs)
+        with self._counted():
+            result = super().optimizer_step(optimizer, *args, **kwargs)
+            self._traffic.end_step()
+        return result
 
     @contextmanager
     @override
@@ -158,6 +193,7 @@ class SteppingStrategy(RankedStrategy):
         """
         return self._active_training().grad_norm(optimizer)
 
+    @during("optimizer")
     def full_gradient(self, name: str) -> Tensor | None:
         """The whole gradient of a parameter, by its qualified name, as one process would have it after backward.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,29 +10,8 @@ import torch
 
 from lightning_ted.recompute import RecomputeOptions
 from tests.support.models import TinyConfig
-from tests.support.parity import Case, Part, run_cases, whole_error
+from tests.support.parity import GRID, Case, Part, run_cases, whole_error
 from tests.support.pool import Pools
-
-
-def layouts(world: int) -> Iterator[Case]:
-    for tensor in (1, 2, 4):
-        for expert in (1, 2, 4):
-            for expert_tensor in sorted({1, tensor}):
-                if tensor > world or expert * expert_tensor > world:
-                    continue
-                replicas = world // (expert * expert_tensor)
-                for order in ("expert_first", "data_first") if expert > 1 and replicas > 1 else ("expert_first",):
-                    for mode in ("dtd", "undropped", "sequence") if tensor > 1 else ("dtd",):
-                        yield Case(world, tensor, expert, expert_tensor, order, mode)  # type: ignore[arg-type]
-
-
-GRID = [case for world in (2, 4, 8) for case in layouts(world)]
-#: An expert-tensor degree between 1 and the tensor degree.
-GRID += [
-    Case(world, 4, expert, 2, mode=mode)
-    for world, expert in ((4, 2), (8, 2), (8, 4))
-    for mode in ("dtd", "undropped", "sequence")
-]
 
 
 def worst(results: Sequence[list[dict[str, Part]]]) -> dict[str, float]:

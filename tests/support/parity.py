@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -57,6 +57,27 @@ class Case:
 
     def __str__(self) -> str:
         return f"w{self.world}-tp{self.tensor}-ep{self.expert}-etp{self.expert_tensor}-{self.order}-{self.mode}"
+
+
+def layouts(world: int) -> Iterator[Case]:
+    for tensor in (1, 2, 4):
+        for expert in (1, 2, 4):
+            for expert_tensor in sorted({1, tensor}):
+                if tensor > world or expert * expert_tensor > world:
+                    continue
+                replicas = world // (expert * expert_tensor)
+                for order in ("expert_first", "data_first") if expert > 1 and replicas > 1 else ("expert_first",):
+                    for mode in ("dtd", "undropped", "sequence") if tensor > 1 else ("dtd",):
+                        yield Case(world, tensor, expert, expert_tensor, order, mode)  # type: ignore[arg-type]
+
+
+GRID = [case for world in (2, 4, 8) for case in layouts(world)]
+#: An expert-tensor degree between 1 and the tensor degree.
+GRID += [
+    Case(world, 4, expert, 2, mode=mode)
+    for world, expert in ((4, 2), (8, 2), (8, 4))
+    for mode in ("dtd", "undropped", "sequence")
+]
 
 
 #: A part's place in the whole, and its squared error relative to the norm of the whole.

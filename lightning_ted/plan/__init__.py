@@ -1,0 +1,1 @@
+"""Arithmetic about a model on a layout, from sizes alone: what it sends, before anything runs. No torch."""

@@ -10,13 +10,17 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def in_fresh_processes(
-    function: Callable[..., Any], arguments: Mapping[str, Any], ranks: int = 1, threads: int | None = None
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    ranks: int = 1,
+    threads: int | None = None,
+    within: Callable[[int], Sequence[str]] | None = None,
 ) -> list[Any]:
     """Call ``function(**arguments)`` on every rank of a new world; the results by rank.
 
@@ -25,6 +29,7 @@ def in_fresh_processes(
         arguments: What JSON can hold, as the results.
         ranks: Number of processes.
         threads: Of each; None for torch's own choice.
+        within: Gives, for a rank, what its command is put behind.
 
     Raises:
         RuntimeError: If a process fails; with the ends of what they printed.
@@ -43,7 +48,8 @@ def in_fresh_processes(
         for rank in range(ranks):
             with open(f"{folder}/log{rank}", "w") as log:
                 own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-                processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
+                whole = [*(within(rank) if within else ()), *command]
+                processes.append(subprocess.Popen(whole, env=own, stdout=log, stderr=subprocess.STDOUT))
         try:
             codes = [process.wait(timeout=900) for process in processes]
         finally:

@@ -99,7 +99,9 @@ class MoE(nn.Module):
         self.axes: MoEAxes | None = None
         self.statistics: RoutingStatistics | None = None
 
-    @torch.compiler.disable(reason="a MoE layer reads on the host how many rows go where; compile its `experts` instead")
+    @torch.compiler.disable(
+        reason="a MoE layer reads on the host how many rows go where; compile its `experts` instead"
+    )
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d_model] -> [..., d_model]``. Is not compiled, whatever is compiled around it.
 

@@ -96,12 +96,28 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """See that the constructor's arguments are of their kinds; sizes are checked with the world that they divide.
+    """See that the constructor's arguments are of their kinds and go together; sizes are checked with the world that they divide.
 
     Raises:
-        UnsupportedError: Naming the first that is not.
+        UnsupportedError: Naming the first that is or does not.
 
     """
     for name, (fits, what) in _ARGUMENTS.items():
         if not fits(arguments[name]):
             raise UnsupportedError(f"`{name}={arguments[name]!r}` must be {what}.")
+    if arguments["sequence_parallel"] and not arguments["duplicate_token_dropping"]:
+        raise UnsupportedError(
+            "`sequence_parallel=True` splits the tokens before the experts, which leaves no duplicates to keep: "
+            "`duplicate_token_dropping=False` cannot be had with it. Leave one of the two at its default."
+        )
+    mode = arguments["activation_checkpointing"]
+    _refuse_idle(arguments, "activation_checkpointing_policy", None, "full", idle=mode is None)
+    _refuse_idle(arguments, "comm_aware_policy", "all", "comm_aware", idle=mode != "comm_aware")
+
+
+def _refuse_idle(arguments: Mapping[str, Any], name: str, default: Any, wanted: str, idle: bool) -> None:
+    if idle and arguments[name] != default:
+        raise UnsupportedError(
+            f"`{name}={arguments[name]!r}` has no effect with "
+            f"`activation_checkpointing={arguments['activation_checkpointing']!r}`; set that to {wanted!r}, or leave `{name}` out."
+        )

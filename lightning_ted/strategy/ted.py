@@ -19,7 +19,6 @@ from typing_extensions import override
 
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile, reading
 from lightning_ted.collectives.tape import KeepPolicy
-from lightning_ted.errors import UnsupportedError
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe.layer import moe_layers
 from lightning_ted.optim.options import TrainingOptions
@@ -117,21 +116,6 @@ class TEDStrategy(SteppingStrategy):
         timeout: timedelta | None = _compat.default_pg_timeout,
     ) -> None:
         check_arguments(locals())
-        if sequence_parallel and not duplicate_token_dropping:
-            raise UnsupportedError(
-                "`sequence_parallel=True` splits the tokens before the experts, which leaves no duplicates to keep: "
-                "`duplicate_token_dropping=False` cannot be had with it. Leave one of the two at its default."
-            )
-        for argument, value, default in (
-            ("activation_checkpointing_policy", activation_checkpointing_policy, None),
-            ("comm_aware_policy", comm_aware_policy, "all"),
-        ):
-            wanted = "comm_aware" if argument == "comm_aware_policy" else "full"
-            if value != default and activation_checkpointing not in (wanted, "comm_aware"):
-                raise UnsupportedError(
-                    f"`{argument}={value!r}` has no effect with `activation_checkpointing={activation_checkpointing!r}`; set that "
-                    f"to {wanted!r}, or leave `{argument}` out."
-                )
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,

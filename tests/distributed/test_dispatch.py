@@ -18,6 +18,7 @@ from lightning_ted.moe.losses import drop_rate
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
 from lightning_ted.topology import Topology
 from tests.support.pool import Pools
+from tests.support.reads import counted_reads
 from tests.support.reduced import reduced
 
 WIDTH = 8
@@ -180,23 +181,11 @@ def host_reads(topology: Topology, mode: str, options: dict[str, object], dtype:
     layer = Layer(**options).to(dtype)
     partition_module(layer, TEDMesh(topology, ranks_per_node=2), OPTIONS[mode])
     x = inputs([6] * topology.data)[topology.coordinates(dist.get_rank()).data].to(dtype).requires_grad_()
-    reads = 0
-
-    def counting(method: Callable[..., Any]) -> Callable[..., Any]:
-        def read(self: Tensor, *args: Any) -> Any:
-            nonlocal reads
-            reads += 1
-            return method(self, *args)
-
-        return read
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "nonzero", "cpu", "numpy"):
-            patch.setattr(Tensor, name, counting(getattr(Tensor, name)))
+    with counted_reads() as reads:
         output = layer.moe(layer.before(x))
-        forward = reads
+        forward = len(reads)
         output.sum().backward()
-    return forward, reads - forward
+    return forward, len(reads) - forward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["grouped", "one by one"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning_ted.topology import Topology
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.parity import batches, build
 from tests.support.pool import Pools
+from tests.support.reads import counted_reads
 
 DTD, UNDROPPED = PartitionOptions(), PartitionOptions(duplicate_token_dropping=False)
 SEQUENCE = PartitionOptions(sequence_parallel=True)
@@ -96,23 +97,11 @@ def one_step(
     data = mesh.topology.data
     tokens = batches(config, data)[0].chunk(data)[mesh.axis("data").rank]
     torch.manual_seed(5)
-    reads = 0
-
-    def counting(method: Callable[..., Any]) -> Callable[..., Any]:
-        def read(self: Tensor, *args: Any) -> Any:
-            nonlocal reads
-            reads += 1
-            return method(self, *args)
-
-        return read
-
     with mesh.recording(CommRecorder()) as recorder:
         _, loss = model.step(tokens)
-        with pytest.MonkeyPatch.context() as patch, CountProducts() as products:
-            for name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "nonzero", "cpu", "numpy"):
-                patch.setattr(Tensor, name, counting(getattr(Tensor, name)))
+        with counted_reads() as reads, CountProducts() as products:
             loss.backward()
-    seen = Seen(gradients(model), loss.item(), products=products.count, reads=reads)
+    seen = Seen(gradients(model), loss.item(), products=products.count, reads=len(reads))
     for key, calls in recorder.calls_by.items():
         seen.calls.setdefault(key.phase, {})[key.kind, key.axis] = calls
         seen.sent.setdefault(key.phase, {})[key.kind, key.axis] = recorder.bytes_by[key]

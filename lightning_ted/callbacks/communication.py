@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
@@ -45,7 +46,7 @@ class CommunicationMonitor(Callback):
     Logs ``sent_bytes``, ``sent_bytes/<phase>`` and ``sent_bytes/<kind>/<axis>``, such as ``sent_bytes/all_to_all/expert``; with
     communication-aware checkpointing also ``kept_bytes``, what its regions keep at once. At the end of the fit, prints a table
     of the means over all of its steps, and writes ``communication.csv`` and ``communication.png`` (bars by kind and axis,
-    stacked by phase).
+    stacked by phase), over those of an earlier fit. A fit that ends by an exception writes neither.
 
     Args:
         dirpath: Where the files are written; None for the logger's directory, or the Trainer's ``default_root_dir``.
@@ -61,7 +62,12 @@ class CommunicationMonitor(Callback):
                 "`CommunicationMonitor(chart=True)` draws with matplotlib, which is not installed. Run "
                 "`pip install lightning-ted[plots]`, or pass `chart=False`."
             )
+        if dirpath is not None and not isinstance(dirpath, (str, Path)):
+            raise UnsupportedError(f"`CommunicationMonitor(dirpath={dirpath!r})` must be a path or None.")
+        if not isinstance(chart, bool):
+            raise UnsupportedError(f"`CommunicationMonitor(chart={chart!r})` must be True or False.")
         self.dirpath = dirpath
+        self._folder = ""
         self.every_n_steps = checked_frequency(every_n_steps)
         self.chart = chart
         self._forget()
@@ -85,6 +91,20 @@ class CommunicationMonitor(Callback):
             )
         strategy.record_communication = True
         self._forget()
+        # The loggers' directory is broadcast, so all ranks ask for it.
+        self._folder = str(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        refusal = ""
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            try:
+                get_filesystem(self._folder).makedirs(self._folder, exist_ok=True)
+            except OSError as error:
+                refusal = f"{type(error).__name__}: {error}"
+        refusal = strategy.broadcast(refusal)
+        if refusal:
+            raise UnsupportedError(
+                f"`CommunicationMonitor(dirpath={self.dirpath!r})` is to write its table to '{self._folder}', which cannot be "
+                f"made ({refusal}). Give it a directory that can."
+            )
 
     @override
     def on_train_batch_end(
@@ -126,21 +146,25 @@ class CommunicationMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The loggers' directory is broadcast, so all ranks ask for it.
-        folder = str(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         if not trainer.is_global_zero or self._steps == 0:
             return
         rows = self.rows()
         Console().print(table(rows))
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        files = get_filesystem(folder)
-        files.makedirs(folder, exist_ok=True)
-        with files.open(os.path.join(folder, TABLE), "w", newline="") as file:
+        try:
+            self._write(rows)
+        except OSError as error:
+            # The table has been printed, and the other ranks go on.
+            rank_zero_warn(f"`CommunicationMonitor` cannot write to '{self._folder}': {type(error).__name__}: {error}")
+
+    def _write(self, rows: list[Row]) -> None:
+        files = get_filesystem(self._folder)
+        with files.open(os.path.join(self._folder, TABLE), "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerows([Row._fields, *rows])
         if self.chart:
-            with files.open(os.path.join(folder, CHART), "wb") as file:
+            with files.open(os.path.join(self._folder, CHART), "wb") as file:
                 draw(rows, file)
 
     def rows(self) -> list[Row]:
@@ -153,7 +177,9 @@ class CommunicationMonitor(Callback):
 
 def table(rows: list[Row]) -> Table:
     """The rows for a console."""
-    shown = Table(title="Sent in one step by rank 0", caption=f"means of {rows[0].steps} steps" if rows else "nothing")
+    shown = Table(
+        title="Sent in one step by rank 0", caption=f"means of {rows[0].steps} steps" if rows else "nothing is sent"
+    )
     for name in ("kind", "axis", "phase"):
         shown.add_column(name)
     for name in ("calls", "bytes"):

@@ -3,7 +3,7 @@
 A region of activation checkpointing owns a tape. In the forward, the outcomes of collectives, of routing and of reading
 sizes on the host go on it; in the recomputation they are taken from it in the same order. The tape belongs to one run of
 the region and is kept alive by that run's graph alone: nothing of one forward can reach the recomputation of another,
-and a forward that never gets a backward leaves nothing behind.
+and with the graph of a forward that never gets a backward, its tape is gone.
 
 Regions may be nested. While the outer one is recomputed, the inner one runs its forward again, on a new tape, whose
 entries come from the outer one's.
@@ -99,6 +99,7 @@ class _Run:
     def __init__(self, tape: Tape, replays: bool) -> None:
         self.tape = tape
         self.replays = replays
+        self.callbacks: list[Callable[[], None]] = []
         self._position = 0
         self._phase: AbstractContextManager[None] = nullcontext()
 
@@ -114,6 +115,8 @@ class _Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         _running.remove(self)
+        while self.callbacks:
+            self.callbacks.pop()()
         self._phase.__exit__(kind, error, at)
 
     def next(self, key: Hashable) -> tuple[Any, bool]:
@@ -158,6 +161,14 @@ def kept(kind: str, axis: Axis | None, key: Hashable, make: Callable[[], T]) -> 
 def is_replayed(kind: str) -> bool:
     """Whether the next outcome of this kind comes from a tape, so that nobody will read what it is made of."""
     return _is_replayed(kind) if _running else False
+
+
+def after_recomputation(callback: Callable[[], None]) -> None:
+    """Call ``callback`` when the region that is being recomputed ends; never, where none is."""
+    for run in reversed(_running):
+        if run.replays:
+            run.callbacks.append(callback)
+            return
 
 
 def unseen(make: Callable[[], T]) -> T:

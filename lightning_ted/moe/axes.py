@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_ted.mesh import SINGLE, Axis
 from lightning_ted.tensor_parallel.sequence import SequenceRegion
@@ -34,6 +34,11 @@ class MoEAxes:
     across: Axis = SINGLE
     dispatcher: str = "all_to_all"
     overlap_chunks: int = 1
+
+    def sending(self, inside: Axis, across: Axis, dispatcher: str, overlap_chunks: int) -> MoEAxes:
+        """These axes with another way of sending tokens; themselves, if it is theirs."""
+        other = replace(self, inside=inside, across=across, dispatcher=dispatcher, overlap_chunks=overlap_chunks)
+        return self if other == self else other
 
     @property
     def drops(self) -> bool:

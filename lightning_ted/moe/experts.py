@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,19 +17,6 @@ from lightning_ted.errors import TEDError
 from lightning_ted.mesh import SINGLE, Axis
 from lightning_ted.moe.activations import ACTIVATIONS, Activation, ActivationName, activate
 from lightning_ted.moe.routing import read_sizes
-
-#: Whether the down projection may give zeros, the innermost last.
-_without_last_product = [False]
-
-
-@contextmanager
-def without_last_product(unread: bool) -> Iterator[None]:
-    """Within the context, what :class:`Experts` return is not read if ``unread``, and not computed; its graph is made."""
-    _without_last_product.append(unread)
-    try:
-        yield
-    finally:
-        _without_last_product.pop()
 
 
 class Experts(nn.Module):
@@ -85,13 +70,16 @@ class Experts(nn.Module):
                 if parameter is not None:
                     nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
 
-    def forward(self, rows_ND: Tensor, counts_e: Tensor, sizes_e: list[int] | None = None) -> Tensor:
+    def forward(
+        self, rows_ND: Tensor, counts_e: Tensor, sizes_e: list[int] | None = None, is_read: bool = True
+    ) -> Tensor:
         """Run every expert on its rows.
 
         Args:
             rows_ND: Rows in expert order ``[N, D]``.
             counts_e: Number of rows of each local expert, adding up to ``N``; int64, on the rows' device.
             sizes_e: The same on the host, if known; read when needed otherwise.
+            is_read: False where nobody reads the values of what is returned, only its graph: the last product is then left out.
 
         Returns:
             ``[N, D]``; a partial result, to be summed over the expert-tensor axis, where the hidden width is cut.
@@ -101,7 +89,7 @@ class Experts(nn.Module):
         up_bias: Tensor | None = getattr(self, f"{self.up_name}_bias")
         groups = Groups(counts_e, rows_ND.shape[0], sizes_e)
         hidden_NH = groups.bias(groups.linear(rows_ND, up), up_bias)
-        out_ND = groups.activated_linear(hidden_NH, ACTIVATIONS[self.activation], self.down_proj)
+        out_ND = groups.activated_linear(hidden_NH, ACTIVATIONS[self.activation], self.down_proj, is_read)
         return groups.bias(out_ND, self.down_proj_bias, self.tensor_axis)
 
     def extra_repr(self) -> str:
@@ -124,12 +112,14 @@ class Groups:
             return self._one_by_one(rows_NI, weight_eOI)
         return _grouped_linear(rows_NI.contiguous(), weight_eOI, self._offsets_e)
 
-    def activated_linear(self, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor) -> Tensor:
+    def activated_linear(
+        self, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor, is_read: bool = True
+    ) -> Tensor:
         """:meth:`linear` of ``activation(hidden)``; of the two, only ``hidden`` is kept for the backward."""
         hidden_NH, weight_eOI = to_autocast(hidden_NH), to_autocast(weight_eOI)
         if not self._can_fuse(hidden_NH.dtype, weight_eOI):
-            return self._one_by_one(activate(hidden_NH, activation), weight_eOI)
-        return _ActivatedLinear.apply(hidden_NH, activation, weight_eOI, self._offsets_e)
+            return self._one_by_one(activate(hidden_NH, activation), weight_eOI, is_read)
+        return _ActivatedLinear.apply(hidden_NH, activation, weight_eOI, self._offsets_e, is_read)
 
     def _can_fuse(self, dtype: torch.dtype, weight_eOI: Tensor) -> bool:
         obstacle = grouped_gemm_obstacle(dtype, weight_eOI)
@@ -137,12 +127,10 @@ class Groups:
             _warn_slow(obstacle)
         return self._rows > 0 and obstacle is None
 
-    def _one_by_one(self, rows_NI: Tensor, weight_eOI: Tensor) -> Tensor:
+    def _one_by_one(self, rows_NI: Tensor, weight_eOI: Tensor, is_read: bool = True) -> Tensor:
         if self._sizes is None:
             self._sizes = read_sizes(self._counts_e) if self._rows else [0] * len(weight_eOI)
-        # unbind, not indexing: the gradient of an index is as large as the whole weight, once for each expert.
-        pieces = zip(rows_NI.split(self._sizes), weight_eOI.unbind(0), strict=True)
-        return torch.cat([F.linear(piece, weight) for piece, weight in pieces])
+        return _LinearOneByOne.apply(rows_NI, weight_eOI, self._sizes, is_read)
 
     def bias(self, rows_NO: Tensor, bias_eO: Tensor | None, cut: Axis = SINGLE) -> Tensor:
         """Add each row's expert's bias; one that is cut over ``cut`` adds to this rank's features only."""
@@ -167,16 +155,18 @@ class _ActivatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor, offsets_e: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_NH: Tensor, activation: Activation, weight_eOI: Tensor, offsets_e: Tensor, is_read: bool
+    ) -> Tensor:
         ctx.save_for_backward(hidden_NH, weight_eOI, offsets_e)
         ctx.activation = activation
-        if _without_last_product[-1]:
-            return hidden_NH.new_zeros(()).expand(hidden_NH.shape[0], weight_eOI.shape[1])
+        if not is_read:
+            return _unread(hidden_NH, weight_eOI)
         return _grouped_linear(activation.value(hidden_NH), weight_eOI, offsets_e)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         hidden_NH, weight_eOI, offsets_e = ctx.saved_tensors
         grad_NO = grad_NO.contiguous()
         grad_weight = grad_hidden = None
@@ -185,7 +175,38 @@ class _ActivatedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_NI = F.grouped_mm(grad_NO, weight_eOI, offs=offsets_e)
             grad_hidden = ctx.activation.gradient(grad_NI, hidden_NH)
-        return grad_hidden, None, grad_weight, None
+        return grad_hidden, None, grad_weight, None, None
+
+
+class _LinearOneByOne(torch.autograd.Function):
+    """Each expert's product by itself, for what the grouped GEMM cannot multiply."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NI: Tensor, weight_eOI: Tensor, sizes: list[int], is_read: bool) -> Tensor:
+        ctx.save_for_backward(rows_NI, weight_eOI)
+        ctx.sizes = sizes
+        if not is_read:
+            return _unread(rows_NI, weight_eOI)
+        pieces = zip(rows_NI.split(sizes), weight_eOI, strict=True)
+        return torch.cat([F.linear(piece, weight) for piece, weight in pieces])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        rows_NI, weight_eOI = ctx.saved_tensors
+        grad_rows = grad_weight = None
+        grads = grad_NO.split(ctx.sizes)
+        if ctx.needs_input_grad[0]:
+            grad_rows = torch.cat([grad @ weight for grad, weight in zip(grads, weight_eOI, strict=True)])
+        if ctx.needs_input_grad[1]:
+            pieces = zip(grads, rows_NI.split(ctx.sizes), strict=True)
+            grad_weight = torch.stack([grad.T @ piece for grad, piece in pieces])
+        return grad_rows, grad_weight, None, None
+
+
+def _unread(rows_NI: Tensor, weight_eOI: Tensor) -> Tensor:
+    """Something of the shape of their product."""
+    return rows_NI.new_zeros(()).expand(rows_NI.shape[0], weight_eOI.shape[1])
 
 
 class _RepeatRows(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ted.collectives.phase import in_backward
+from lightning_ted.collectives.tape import after_recomputation
 from lightning_ted.collectives.tensor import to_autocast
 from lightning_ted.collectives.tokens import drop, restore
 from lightning_ted.errors import TEDError
@@ -17,7 +18,7 @@ from lightning_ted.mesh import SINGLE
 from lightning_ted.moe.activations import ActivationName
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.capacity import limit_to_capacity
-from lightning_ted.moe.dispatch import make_dispatcher
+from lightning_ted.moe.dispatch import Dispatcher, make_dispatcher
 from lightning_ted.moe.experts import Experts
 from lightning_ted.moe.router import TopKRouter
 from lightning_ted.moe.routing import Routing, count_experts, keep_choice
@@ -48,9 +49,6 @@ class MoE(nn.Module):
             token must depend on that token alone (and on noise): it may get any share of the batch.
         shared_expert: A dense branch ``[..., d_model] -> [..., d_model]`` through which every token goes as well; its output is
             added. It computes while tokens are under way to the experts of other ranks.
-
-    Attributes:
-        statistics: What the last forward saw on this rank.
 
     Raises:
         TEDError: If an argument is out of its range, or given beside a router of your own.
@@ -97,7 +95,20 @@ class MoE(nn.Module):
         self.router = TopKRouter(d_model, num_experts, top_k, score, normalize_top_k) if router is None else router
         self.shared_expert = shared_expert
         self.axes: MoEAxes | None = None
-        self.statistics: RoutingStatistics | None = None
+        self._statistics: RoutingStatistics | None = None
+        self._recomputed: RoutingStatistics | None = None
+        self._dispatcher: tuple[MoEAxes | None, Dispatcher] | None = None
+
+    @property
+    def statistics(self) -> RoutingStatistics | None:
+        """What the last forward saw on this rank; inside a block that is being recomputed, what it sees there."""
+        return self._recomputed if self._recomputed is not None and in_backward() else self._statistics
+
+    def end_step(self) -> None:
+        """To be called when losses have been computed: lets go of the last forward's graph, and keeps its numbers."""
+        self._recomputed = None
+        if self._statistics is not None:
+            self._statistics = self._statistics.finished()
 
     @torch.compiler.disable(
         reason="a MoE layer reads on the host how many rows go where; compile its `experts` instead"
@@ -129,10 +140,7 @@ class MoE(nn.Module):
         if expert_TK is not chosen.expert_TK:
             chosen = replace(chosen, expert_TK=expert_TK)
         routing = self._within_capacity(chosen, x.shape, length)
-        statistics = self._measure(chosen, routing)
-        if not in_backward():
-            # A recomputation has seen nothing new, and what it has seen need not be of the last forward.
-            self.statistics = statistics
+        self._note(self._measure(chosen, routing))
         beside: list[Tensor] = []
 
         def run_shared_expert() -> None:
@@ -140,7 +148,9 @@ class MoE(nn.Module):
                 beside.append(self.shared_expert(x))
 
         # In the precision of the experts: what is sent is as wide as what is multiplied.
-        out_TD = make_dispatcher(self.axes)(to_autocast(tokens_TD), routing, self.experts, run_shared_expert)
+        if self._dispatcher is None or self._dispatcher[0] is not self.axes:
+            self._dispatcher = self.axes, make_dispatcher(self.axes)
+        out_TD = self._dispatcher[1](to_autocast(tokens_TD), routing, self.experts, run_shared_expert)
         out = restore(out_TD, length, split).to(x.dtype).view(x.shape)
         return out + beside[0] if beside else out
 
@@ -163,12 +173,10 @@ class MoE(nn.Module):
         """The statistics of what the router chose, and of what capacity left of it."""
         limited = routing is not chosen
         counts_E = count_experts(chosen.expert_TK, self.num_experts)
-        # Without a loss that reads it, its graph would outlive the backward pass, and all that is kept for that.
-        logits_TE = chosen.logits_TE if self.z_loss_coef else chosen.logits_TE.detach()
         return RoutingStatistics(
             counts_E=counts_E,
             scores_E=chosen.scores_TE.sum(0),
-            z=logits_TE.logsumexp(-1).square().sum(),
+            z=chosen.logits_TE.logsumexp(-1).square().sum(),
             dropped=counts_E.sum() - (routing.expert_TK < self.num_experts).sum()
             if limited
             else counts_E.new_zeros(()),
@@ -176,9 +184,21 @@ class MoE(nn.Module):
             top_k=chosen.expert_TK.shape[1],
         )
 
+    def _note(self, statistics: RoutingStatistics) -> None:
+        if in_backward():
+            # A recomputation sees nothing new, and need not be that of the last forward; but a block that adds its own
+            # auxiliary loss has to find again what it found.
+            self._recomputed = statistics
+            after_recomputation(self._forget_recomputed)
+        else:
+            self._statistics, self._recomputed = statistics, None
+
+    def _forget_recomputed(self) -> None:
+        self._recomputed = None
+
     def __getstate__(self) -> dict[str, Any]:
-        # Statistics belong to one forward and carry its graph, which cannot be copied.
-        return {**self.__dict__, "statistics": None}
+        # Statistics belong to one forward and carry its graph, which cannot be copied; a dispatcher may hold what cannot.
+        return {**self.__dict__, "_statistics": None, "_recomputed": None, "_dispatcher": None}
 
 
 def _is_number(value: object) -> bool:

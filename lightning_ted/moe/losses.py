@@ -62,7 +62,7 @@ def _parts(packed: Tensor) -> tuple[Tensor, ...]:
 
 def _lost_its_graph(layer: MoE, statistics: RoutingStatistics) -> bool:
     trained = torch.is_grad_enabled() and layer.training and any(p.requires_grad for p in layer.router.parameters())
-    return trained and not statistics.scores_E.requires_grad
+    return trained and not statistics.scores_E.requires_grad and not statistics.is_finished
 
 
 def auxiliary_loss(module: nn.Module) -> Tensor:

@@ -44,7 +44,8 @@ class _CombineRows(torch.autograd.Function):
         weight_TK = weight_TK.to(rows_ND.dtype)
         ctx.save_for_backward(picked_TKD, weight_TK, order_N)
         ctx.routed = routed
-        return torch.bmm(weight_TK.unsqueeze(1), picked_TKD).squeeze(1)
+        # In place: a view that a Function returns may not be changed in place by whoever gets it.
+        return torch.bmm(weight_TK.unsqueeze(1), picked_TKD).squeeze_(1)
 
     @staticmethod
     @once_differentiable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ class RoutingStatistics:
         dropped: Assignments dropped by capacity.
         tokens: Number of tokens.
         top_k: Choices per token.
+        is_finished: Whether the graph has been let go, because all losses have been computed.
 
     """
 
@@ -28,6 +29,11 @@ class RoutingStatistics:
     dropped: Tensor
     tokens: int
     top_k: int
+    is_finished: bool = False
+
+    def finished(self) -> RoutingStatistics:
+        """The same numbers without their graph."""
+        return replace(self, scores_E=self.scores_E.detach(), z=self.z.detach(), is_finished=True)
 
     def packed(self) -> Tensor:
         """All sums as one vector ``[2 E + 3]``: counts, scores, z, dropped, tokens."""

@@ -2,7 +2,8 @@
 
 Held equal to :class:`lightning_ted.collectives.recorder.CommRecorder` by ``tests/distributed/test_volume.py``. What is not
 predicted, because it depends on data: routing that is not balanced (see :mod:`lightning_ted.plan.experts`), the comparison of
-replicated gradients in the first steps, ranks of different batches, and gradients that are missing.
+replicated gradients in the first steps, ranks of different batches, and gradients that are missing. What enters a stack of
+blocks is taken to need a gradient, as what comes out of an embedding that is trained does.
 """
 
 from __future__ import annotations
@@ -38,8 +39,7 @@ class Volume:
     Attributes:
         calls: Number of collectives by kind, axis and phase.
         bytes: Bytes by the same.
-        kept: Bytes that regions keep for their recomputation, by ``(kind, axis)``, those of all micro-batches added, as a
-            recorder does; not more than those of one are there at a time.
+        kept: Bytes that regions keep for their recomputation in one micro-batch, by ``(kind, axis)``.
 
     """
 
@@ -78,8 +78,7 @@ def volume(model: Model, topology: Topology, options: Options, rank: int = 0) ->
         for passes, times in regions:
             found.add(redone(passes.forward, options.keeps), "recomputation", times * options.accumulation)
     if options.checkpointing == "comm_aware":
-        memory = _kept(regions, options.policy)
-        found.kept.update({key: size * options.accumulation for key, size in memory.items()})
+        found.kept.update(_kept(regions, options.policy))
     weights = model.weights(at)
     found.add(gradients.reduction(weights, at), "backward")
     found.add(gradients.step(weights, at), "optimizer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from lightning_ted.errors import UnsupportedError
 from lightning_ted.recompute.checkpoint import RecomputeOptions, checkpointed
 
 #: Classes of modules, or their names, alone or with their module's.
-BlockNames = Collection[str | type[nn.Module]]
+BlockNames = str | Collection[str | type[nn.Module]]
 
 _OPTIONS = "_ted_recompute"
 _BEFORE = "_ted_recompute_before"
@@ -21,34 +22,44 @@ _BEFORE = "_ted_recompute_before"
 _OWN_SWITCH = ("gradient_checkpointing", "_gradient_checkpointing_func")
 
 
-class _Recomputed:
-    """Mixed into the class of a block: its call, hooks included, is recomputed in backward."""
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
-        return checkpointed(self.__dict__[_OPTIONS], super().__call__, *args, **kwargs)  # type: ignore[misc]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The mixed class has no name that an unpickler could find.
-        mixed, base = type(self), _base(type(self))
-        reduced = super().__reduce_ex__(protocol)
-        assert isinstance(reduced, tuple)
-        make, args, *rest = reduced
-        args = tuple(base if arg is mixed else arg for arg in args)
-        return (_remade, (base, base if make is mixed else make, args), *rest)
-
+#: In a class that :func:`_mix` has made, the class that it was made of.
+_BASE = "_ted_recompute_base"
 
 _mixed: dict[type, type] = {}
 
 
+class _Untold:
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        pass
+
+
 def _mix(base: type) -> type:
+    """The class of a block, with its call, hooks included, recomputed in backward."""
+
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        run = MethodType(base.__call__, self)
+        options = self.__dict__.get(_OPTIONS)
+        return run(*args, **kwargs) if options is None else checkpointed(options, run, *args, **kwargs)
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        # The class has no name that an unpickler could find.
+        reduced = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+        assert isinstance(reduced, tuple)
+        make, args, *rest = reduced
+        if type(self) is not _mixed[base]:
+            return reduced  # a parametrization lies above it, and is not to be pickled
+        args = tuple(base if arg is type(self) else arg for arg in args)
+        return (_remade, (base, base if make is type(self) else make, args), *rest)
+
     if base not in _mixed:
         names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-        _mixed[base] = type(base.__name__, (_Recomputed, base), names)
+        added = {**names, "__call__": call, "__reduce_ex__": reduce, _BASE: base}
+        # Without telling the base that it has a child: it may keep a register of them.
+        mixed = type(base.__name__, (_Untold, base), added)
+        # A child of the base alone: whoever takes off what he has put above or below finds what he expects.
+        mixed.__bases__ = (base,)
+        _mixed[base] = mixed
     return _mixed[base]
-
-
-def _base(mixed: type) -> type:
-    return mixed.__mro__[2]
 
 
 def _remade(base: type, make: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -91,13 +102,29 @@ def checkpoint_blocks(
         if _has_switched_on(child):
             child._gradient_checkpointing_func = partial(checkpointed, options)
             blocks.setdefault(name, child)
+    _require(blocks, module, options)
+    return list(blocks)
+
+
+def check_blocks(module: nn.Module, options: RecomputeOptions | None, names: BlockNames | None) -> None:
+    """Look for the blocks of a complete model and leave them as they are.
+
+    Raises:
+        UnsupportedError: As :func:`checkpoint_blocks`.
+
+    """
+    if options is None or (names is None and any(True for _ in _own_switches(module))):
+        return
+    _require(find_blocks(module) if names is None else _named(module, names), module, options)
+
+
+def _require(blocks: Collection[str], module: nn.Module, options: RecomputeOptions) -> None:
     if not blocks:
         raise UnsupportedError(
-            f"`activation_checkpointing={options.mode!r}` finds no nn.ModuleList or nn.Sequential of equal blocks in "
-            f"{type(module).__name__}; name the classes of what is to be recomputed in `activation_checkpointing_policy`, or leave "
-            "`activation_checkpointing` out."
+            f"`activation_checkpointing={options.mode!r}` finds no nn.ModuleList, nn.ModuleDict or nn.Sequential of several blocks "
+            f"of one class in {type(module).__name__}; name the classes of what is to be recomputed in "
+            "`activation_checkpointing_policy`, or leave `activation_checkpointing` out."
         )
-    return list(blocks)
 
 
 def _switch(block: nn.Module, options: RecomputeOptions) -> None:
@@ -107,13 +134,14 @@ def _switch(block: nn.Module, options: RecomputeOptions) -> None:
         block.__dict__.update(gradient_checkpointing=True, _gradient_checkpointing_func=partial(checkpointed, options))
     else:
         block.__dict__[_OPTIONS] = options
-        block.__class__ = _mix(type(block))
+        if not hasattr(type(block), _BASE):
+            block.__class__ = _mix(type(block))
 
 
 def _switch_back(block: nn.Module) -> None:
-    if isinstance(block, _Recomputed):
-        del block.__dict__[_OPTIONS]
-        block.__class__ = _base(type(block))
+    block.__dict__.pop(_OPTIONS, None)
+    if _BASE in type(block).__dict__:
+        block.__class__ = type(block).__dict__[_BASE]
     before = block.__dict__.pop(_BEFORE, None)
     # Unless somebody else has switched it since.
     if before is not None and getattr(block.__dict__.get(_OWN_SWITCH[1]), "func", None) is checkpointed:
@@ -147,18 +175,23 @@ def _own_switches(module: nn.Module) -> Iterator[Any]:
 
 
 def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
-    """The repeated blocks of a model, by qualified name: of the outermost nn.ModuleLists and nn.Sequentials with several
-    children of one class that hold layers themselves, these children.
+    """The repeated blocks of a model, by qualified name: of the outermost nn.ModuleLists and nn.Sequentials with several children
+    of one class that hold layers themselves, these children; without any, those of nn.ModuleDicts.
     """
+    # A dict holds parts of a model more often than its blocks.
+    return _repeated(module, (nn.ModuleList, nn.Sequential)) or _repeated(module, (nn.ModuleDict,))
+
+
+def _repeated(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, stack in module.named_modules():
-        if not isinstance(stack, (nn.ModuleList, nn.Sequential)) or any(f"{name}.".startswith(f"{f}.") for f in found):
+        if not isinstance(stack, kinds) or any(f"{name}.".startswith(f"{block}.") for block in found):
             continue
-        blocks = [(leaf, child) for leaf, child in stack.named_children() if _is_block(child)]
-        # A block that is there twice is a repeated one.
-        counts = Counter(type(_uncompiled(child)) for child in stack if _is_block(child))
-        for leaf, child in blocks:
-            if counts[type(_uncompiled(child))] > 1:
+        # With second names: a block that is there twice is a repeated one.
+        blocks = {leaf: child for leaf, child in stack._modules.items() if child is not None and _is_block(child)}
+        counts = Counter(type(_uncompiled(child)) for child in blocks.values())
+        for leaf, child in blocks.items():
+            if counts[type(_uncompiled(child))] > 1 and not any(child is block for block in found.values()):
                 found[f"{name}.{leaf}" if name else leaf] = child
     return found
 
@@ -166,8 +199,12 @@ def find_blocks(module: nn.Module) -> dict[str, nn.Module]:
 def _is_block(module: nn.Module) -> bool:
     """Whether a module is called and has layers of its own."""
     inner = _uncompiled(module)
-    called = type(inner).forward is not nn.Module.forward and not isinstance(inner, nn.ModuleList)
-    return called and any(True for child in inner.children() for _ in child.parameters())
+    return _is_called(inner) and any(True for child in inner.children() for _ in child.parameters())
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether a module has a forward; nn.ModuleList and nn.ModuleDict only hold others."""
+    return type(module).forward is not nn.Module.forward
 
 
 def _uncompiled(module: nn.Module) -> nn.Module:
@@ -178,8 +215,8 @@ def _uncompiled(module: nn.Module) -> nn.Module:
 def _named(module: nn.Module, names: BlockNames) -> dict[str, nn.Module]:
     children = dict(module.named_modules())
     found: dict[str, nn.Module] = {}
-    for wanted in names:
-        chosen = {name: child for name, child in children.items() if name and _is_called(_uncompiled(child), wanted)}
+    for wanted in (names,) if isinstance(names, str) else names:
+        chosen = {name: child for name, child in children.items() if name and _is_of_class(_uncompiled(child), wanted)}
         # A compiled module holds the one that it was made of.
         chosen = {name: child for name, child in chosen.items() if not name.endswith("._orig_mod")}
         if not chosen:
@@ -192,8 +229,10 @@ def _named(module: nn.Module, names: BlockNames) -> dict[str, nn.Module]:
     return found
 
 
-def _is_called(module: nn.Module, wanted: str | type[nn.Module]) -> bool:
-    """Whether a module is of a class or, by its name, of one that inherits from it."""
+def _is_of_class(module: nn.Module, wanted: str | type[nn.Module]) -> bool:
+    """Whether a module, one that is called, is of a class or, by its name, of one that inherits from it."""
+    if not _is_called(module):
+        return False
     if not isinstance(wanted, str):
         return isinstance(module, wanted)
     return any(wanted in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}") for kind in type(module).__mro__)

@@ -30,10 +30,10 @@ def _is_plan(value: Any) -> bool:
 
 
 def _are_classes(value: Any) -> bool:
-    if isinstance(value, str) or not isinstance(value, (list, tuple, set, frozenset, type(None))):
-        return False
-    return value is None or (
-        len(value) > 0 and all(isinstance(v, str) or (isinstance(v, type) and issubclass(v, nn.Module)) for v in value)
+    if not isinstance(value, (list, tuple, set, frozenset)):
+        return value is None or isinstance(value, str)
+    return len(value) > 0 and all(
+        isinstance(v, str) or (isinstance(v, type) and issubclass(v, nn.Module)) for v in value
     )
 
 
@@ -55,7 +55,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "activation_checkpointing_policy": (
         _are_classes,
-        "None or a list of module classes, or of their names",
+        "None, the name of a module class, or a list of classes or their names",
     ),
     "comm_aware_policy": (lambda value: value in KEEP_POLICIES, f"one of {', '.join(map(repr, KEEP_POLICIES))}"),
     "moe_overlap_chunks": (

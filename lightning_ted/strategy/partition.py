@@ -60,8 +60,9 @@ class PartitionOptions:
     plan: Literal["auto"] | Mapping[str, str] = "auto"
     sequence_parallel: bool = False
     duplicate_token_dropping: bool = True
-    dispatcher: str = "all_to_all"
-    overlap_chunks: int = 1
+    # They cut nothing: a module may go on with others.
+    dispatcher: str = field(default="all_to_all", compare=False)
+    overlap_chunks: int = field(default=1, compare=False)
 
 
 @dataclass
@@ -274,10 +275,6 @@ def _mark_experts(
                 expert_tensor=mesh.axis("expert_tensor"),
                 drop_duplicates=options.duplicate_token_dropping,
                 sequence=next((region for region in record.sequences.values() if region.contains(name)), None),
-                inside=nodes[0],
-                across=nodes[1],
-                dispatcher=options.dispatcher,
-                overlap_chunks=options.overlap_chunks,
             )
             if layer.axes.tokens_are_split:
                 every_name = (n for n, other in module.named_modules(remove_duplicate=False) if other is layer)
@@ -285,6 +282,7 @@ def _mark_experts(
                 if type(layer.router) is not TopKRouter:
                     # A router that draws noise draws it for tokens that no other rank has.
                     RandomStream.of_rank(layer.axes.tensor).surround(layer.router)
+        layer.axes = layer.axes.sending(*nodes, options.dispatcher, options.overlap_chunks)
         if layer.experts.tensor_axis is not layer.axes.expert_tensor:
             layer.experts.tensor_axis = layer.axes.expert_tensor
             cuts.update(_expert_cuts(_join(name, "experts"), layer.experts, mesh.topology))

@@ -20,9 +20,9 @@ from typing_extensions import override
 from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile, reading
 from lightning_ted.collectives.tape import KeepPolicy
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.moe.layer import moe_layers
+from lightning_ted.moe.layer import MoE, moe_layers
 from lightning_ted.optim.options import TrainingOptions
-from lightning_ted.recompute import CheckpointMode, RecomputeOptions, checkpoint_blocks
+from lightning_ted.recompute import CheckpointMode, RecomputeOptions, check_blocks, checkpoint_blocks
 from lightning_ted.strategy import _compat, checks, data, metrics
 from lightning_ted.strategy._compat import is_overridden
 from lightning_ted.strategy.arguments import check_arguments
@@ -96,7 +96,7 @@ class TEDStrategy(SteppingStrategy):
         sequence_parallel: bool = False,
         duplicate_token_dropping: bool = True,
         activation_checkpointing: CheckpointMode | None = None,
-        activation_checkpointing_policy: list[str | type[torch.nn.Module]] | None = None,
+        activation_checkpointing_policy: list[str | type[torch.nn.Module]] | str | None = None,
         comm_aware_policy: KeepPolicy = "all",
         moe_overlap_chunks: int = 1,
         moe_dispatcher: str = "all_to_all",
@@ -144,6 +144,7 @@ class TEDStrategy(SteppingStrategy):
         self._configured = False
         self._checked_stages: set[str] = set()
         self._described = False
+        self._moe_layers: list[MoE] = []
 
     # -- mesh and partition ----------------------------------------------------------------------------------------------
 
@@ -187,6 +188,7 @@ class TEDStrategy(SteppingStrategy):
         )
         if module is not None and self._has_all_layers(module) and not is_overridden("setup", module):
             self._refuse_idle_sizes(module, topology)
+            check_blocks(module, self._recompute, self._recomputed_blocks)
         if self._options.dispatcher == "hierarchical":
             for ranks in topology.groups("expert"):
                 topology.node_groups("expert", ranks[0], self.num_processes)
@@ -252,6 +254,7 @@ class TEDStrategy(SteppingStrategy):
         self.model_to_device()
         self._partition(module)  # what a `setup` hook has added
         checkpoint_blocks(self.model, self._recompute, self._recomputed_blocks)
+        self._moe_layers = list(moe_layers(module).values())
         metrics.synchronize_over_data(module, self.mesh.axis("data"))
         self._checked_stages.clear()
         self.barrier("setup")
@@ -273,6 +276,8 @@ class TEDStrategy(SteppingStrategy):
     def post_training_step(self) -> None:
         assert self.lightning_module is not None
         close_regions(self.lightning_module)
+        for layer in self._moe_layers:
+            layer.end_step()
 
     on_validation_end = on_test_end = on_predict_end = post_training_step
 
@@ -360,5 +365,7 @@ class TEDStrategy(SteppingStrategy):
         if module is not None and any(parameter.is_meta for parameter in module.parameters()):
             # What was never given storage cannot be moved to the CPU, and trying to would hide the reason.
             self._lightning_module = None
+        if self.model is not None:
+            checkpoint_blocks(self.model, None)  # another strategy may have the model next
         super().teardown()
         self._lightning_module = module

@@ -61,7 +61,7 @@ def _fit(
     run.strategy.record_communication = True
     run.strategy._training_options = replace(run.strategy._training_options, overlap_weights=late)
     if recompute is not None:
-        run.strategy._recompute, run.strategy._recomputed_blocks = RecomputeOptions(recompute), ["MoE"]
+        run.strategy._recompute, run.strategy._recomputed_blocks = RecomputeOptions(recompute), "MoE"
     run.fit(module or Toy("sgd"), loader(2), loader(2) if "val_check_interval" in options else None)
     return reads.read
 
@@ -75,7 +75,6 @@ def _in_phase(step: CommRecorder, phase: str) -> Counter[tuple[str, str]]:
 
 def _phases(clip: float | None) -> dict[str, Counter[tuple[str, str]]]:
     step = _fit(gradient_clip_val=clip)[-1]
-    assert step.bytes_by.keys() == step.calls_by.keys()
     return {key.phase: _in_phase(step, key.phase) for key in step.calls_by}
 
 
@@ -229,8 +228,7 @@ class _Manual(Toy):
 def _manual() -> tuple[bool, list[Counter[tuple[str, str]]]]:
     early, *steps = _fit(steps=6, module=_Manual())
     one_per_two_batches = isinstance(early, str) and steps[0] is steps[1] is not steps[2]
-    phases = [_in_phase(steps[-1], phase) for phase in ("forward", "optimizer")]
-    return one_per_two_batches, phases
+    return one_per_two_batches, [_in_phase(steps[-1], phase) for phase in ("forward", "optimizer")]
 
 
 def test_optimizers_that_step_in_one_batch_count_together(pools: Pools) -> None:

@@ -25,7 +25,7 @@ def free_port() -> str:
 
 def run(commands: Sequence[tuple[list[str], dict[str, str]]]) -> None:
     """Run programs beside each other; all have to succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(command, env=environment | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for command, extra in commands
@@ -45,22 +45,22 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_every_way_of_launching_gives_the_same_weights(tmp_path: Path) -> None:
-    run([([sys.executable, SCRIPT, str(tmp_path / "lightning.ckpt"), "4", "1"], {})])
+    run([([sys.executable, SCRIPT, str(tmp_path / "lightning.ckpt"), "2", "1"], {})])
     want = weights(tmp_path / "lightning.ckpt")
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=4", f"--master-port={free_port()}"]
-    run([([*torchrun, SCRIPT, str(tmp_path / "torchrun.ckpt"), "4", "1"], {})])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    run([([*torchrun, SCRIPT, str(tmp_path / "torchrun.ckpt"), "2", "1"], {})])
 
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     # `bash` is what SLURM calls an interactive job, in which Lightning would launch by itself.
-    slurm = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0"}
+    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NAME": "train", "SLURM_NODEID": "0"}
     slurm |= {"SLURM_NNODES": "1", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "127.0.0.1"}
-    command = [sys.executable, SCRIPT, str(tmp_path / "slurm.ckpt"), "4", "1"]
-    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(4)]
+    command = [sys.executable, SCRIPT, str(tmp_path / "slurm.ckpt"), "2", "1"]
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
     run([(command, address | slurm | rank) for rank in ranks])
 
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    command = [sys.executable, SCRIPT, str(tmp_path / "nodes.ckpt"), "2", "2"]
+    command = [sys.executable, SCRIPT, str(tmp_path / "nodes.ckpt"), "1", "2"]
     run([(command, address | {"NODE_RANK": str(node)}) for node in range(2)])
 
     for way in ("torchrun", "slurm", "nodes"):
@@ -73,7 +73,7 @@ def test_every_way_of_launching_gives_the_same_weights(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_illegal_sizes_are_refused_before_any_process_starts(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, SCRIPT, str(tmp_path / "never.ckpt"), "3", "1"]
+    command = [sys.executable, SCRIPT, str(tmp_path / "never.ckpt"), "3", "1", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode != 0
     assert "`tensor_parallel_size=2` does not divide the world size 3" in done.stderr

@@ -159,8 +159,6 @@ def test_the_order_of_forwards_and_backwards_does_not_matter(pools: Pools, optio
 def freed() -> list[bool]:
     mesh = TEDMesh(Topology(2, 2, 2, 1))
     model = decoder(mesh, DTD, ALL, TinyConfig())
-    # Nobody has to add a loss to the model's own that he does not want.
-    model.blocks[1].ffn.z_loss_coef = 0.0
     kept: list[weakref.ref[Tensor]] = []
     add = tape.Tape.add
 
@@ -176,15 +174,13 @@ def freed() -> list[bool]:
             for ending in ("backward", "backward without auxiliary loss", "nothing"):
                 kept.clear()
                 logits, loss = model.step(tokens_of(mesh))
+                model.blocks[1].ffn.end_step()
                 held = bool(kept) and all(ref() is not None for ref in kept)
                 if ending == "backward":
                     loss.backward()
                 elif ending != "nothing":
                     del loss
                     logits.sum().backward()
-                else:
-                    # Statistics are read after a forward: only the next one replaces them.
-                    model.blocks[1].ffn.statistics = None
                 logits = loss = None  # type: ignore[assignment]
                 gone.append(held and all(ref() is None for ref in kept))
     finally:
@@ -316,7 +312,7 @@ def test_a_block_that_does_something_else_again_is_found_out(pools: Pools) -> No
 
 
 def nested(recompute: RecomputeOptions | None) -> tuple[list[Tensor], int, Counts]:
-    model, mesh = stack(Plain(), Plain(), recompute=recompute, names=["Stack.", "Plain", "Linear"][1:])
+    model, mesh = stack(Plain(), Plain(), recompute=recompute, names=["Plain", "Linear"])
     outer = nn.Sequential(model)
     checkpoint_blocks(outer, recompute, ["Stack", "Plain", "RowParallelLinear"])
     x = torch.linspace(-1, 1, 24).view(3, 8)
@@ -358,7 +354,7 @@ def test_a_moe_layer_may_be_a_region_itself(pools: Pools) -> None:
     assert pools(2).run(own_collective) == [(True, False)] * 2
 
 
-def foreign_threads() -> bool:
+def outside_of_regions() -> bool:
     """Collectives outside of regions keep nothing."""
     mesh = TEDMesh(TP2)
     made = tape.Tape("all")
@@ -371,4 +367,4 @@ def foreign_threads() -> bool:
 
 
 def test_a_tape_takes_what_its_region_does(pools: Pools) -> None:
-    assert pools(2).run(foreign_threads) == [True, True]
+    assert pools(2).run(outside_of_regions) == [True, True]

@@ -126,6 +126,35 @@ def test_training_ends_in_the_same_weights(pools: Pools) -> None:
                 assert min(runs) > max(none[case][1]), case
 
 
+def left_behind() -> tuple[type, list[int]]:
+    """What a block is after a fit, and how often it runs under a strategy that knows nothing of this."""
+    module = Deep()
+    fit(module, "manual", activation_checkpointing="full")
+    for block in module.net[:2]:
+        block.runs = 0
+    loss = module._loss(next(iter(loader())))
+    loss.backward()
+    return type(module.net[0]), [block.runs for block in module.net[:2]]
+
+
+def test_a_strategy_takes_its_checkpointing_with_it(pools: Pools) -> None:
+    assert pools(2).run(left_behind) == [(Body, [1, 1])] * 2
+
+
+def other_ways() -> tuple[list[str], bool]:
+    """A module that goes on with another way of sending tokens."""
+    module, seen = Deep(), []
+    for options in ({}, {"moe_overlap_chunks": 2}, {"moe_dispatcher": "hierarchical"}):
+        fit(module, "accumulated", **options)
+        axes = module.net[0].moe.axes
+        seen.append(f"{axes.dispatcher} {axes.overlap_chunks}")
+    return seen, module.net[0].moe._dispatcher[0] is axes
+
+
+def test_a_module_may_be_fitted_again_with_tokens_sent_in_another_way(pools: Pools) -> None:
+    assert pools(2).run(other_ways) == [(["all_to_all 1", "all_to_all 2", "hierarchical 1"], True)] * 2
+
+
 def refits() -> tuple[list[list[int]], str]:
     module, seen = Deep(), []
     for mode in ("comm_aware", "full", None):
@@ -150,6 +179,7 @@ def test_a_configuration_file_names_the_classes(tmp_path: Path, monkeypatch: pyt
 trainer:
   accelerator: cpu
   devices: 1
+  logger: false
   strategy:
     class_path: lightning_ted.TEDStrategy
     init_args:

@@ -145,7 +145,7 @@ def counted(run: Run, mesh: TEDMesh) -> Counts:
         optimizer.step()
     training.close()
     calls = {tuple(key): (count, recorder.bytes_by[key]) for key, count in recorder.calls_by.items()}
-    return calls, dict(recorder.kept)
+    return calls, {key: size // run.case.accumulate for key, size in recorder.kept.items()}
 
 
 def count_all(runs: Sequence[Run]) -> list[Counts]:
@@ -217,22 +217,23 @@ def varied(turn: int, case: Case, ways: int) -> list[Run]:
     ]
 
 
-#: In how many ways a layout is trained: of larger worlds, there are more layouts.
-WAYS = {2: 5, 4: 3, 8: 1}
+#: In how many ways a layout is trained, and of how many layouts one is: of larger worlds, there are more.
+WAYS = {2: (5, 1), 4: (1, 1), 8: (1, 3)}
 
 
 @pytest.mark.parametrize("world", WAYS)
 @pytest.mark.parametrize("mode", ["dtd", "undropped", "sequence"])
 def test_prediction_is_the_count_on_every_layout(pools: Pools, world: int, mode: str) -> None:
-    cases = [case for case in GRID if case.world == world and case.mode == mode]
-    check(pools, [run for turn, case in enumerate(cases) for run in varied(turn, case, WAYS[world])])
+    ways, step = WAYS[world]
+    cases = [case for case in GRID if case.world == world and case.mode == mode][::step]
+    check(pools, [run for turn, case in enumerate(cases) for run in varied(turn, case, ways)])
 
 
 @pytest.mark.parametrize("mode", ["dtd", "undropped", "sequence"])
 def test_prediction_is_the_count_however_activations_are_checkpointed(pools: Pools, mode: str) -> None:
     cases = [Case(4, 2, 2, etp, mode=mode, chunks=chunks) for etp, chunks in ((1, 1), (2, 3))]
     cases += [Case(4, 2, 1, 2, mode=mode), Case(4, 1, 4, dispatcher="hierarchical", chunks=3)]
-    check(pools, [Run(replace(case, recompute=recompute)) for case in cases for recompute in RECOMPUTE])
+    check(pools, [Run(replace(case, recompute=recompute)) for case in cases for recompute in RECOMPUTE[1:]])
 
 
 GATHERED = (("head", "colwise_gather_output"),)

@@ -1,4 +1,4 @@
-"""A user's script: trains a small model and writes a checkpoint. ``python launch_script.py OUT DEVICES NODES``."""
+"""A user's script: trains a small model and writes a checkpoint. ``python launch_script.py OUT DEVICES NODES [TENSOR]``."""
 
 import sys
 
@@ -11,12 +11,13 @@ from tests.support.runs import Numbered, Toy
 
 def main() -> None:
     out, devices, nodes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    tensor = int(sys.argv[4]) if len(sys.argv) > 4 else 1
     L.seed_everything(5)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
         num_nodes=nodes,
-        strategy=TEDStrategy(tensor_parallel_size=2, expert_parallel_size=2),
+        strategy=TEDStrategy(tensor_parallel_size=tensor, expert_parallel_size=2),
         max_steps=3,
         logger=False,
         enable_checkpointing=False,

@@ -20,7 +20,6 @@ from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.dispatch.interface import ExpertFunction
 from lightning_ted.moe.dispatch.order import Order, regroup
 from lightning_ted.moe.dispatch.wiring import FlatWiring, HierarchicalWiring, Wiring
-from lightning_ted.moe.experts import without_last_product
 from lightning_ted.moe.routing import Routing, read_sizes
 from lightning_ted.moe.rows import combine_rows, expand_tokens, permute_rows
 
@@ -106,11 +105,11 @@ class ExchangingDispatcher:
 def _compute(rows_ND: Tensor, leg: Leg, experts: ExpertFunction) -> Tensor:
     """What the local experts make of rows in order of arrival, in that order."""
     kind, _ = leg.journey.last_collective
-    with without_last_product(is_replayed(kind)):
-        if min(leg.chunks_Se.shape) == 1:
-            return experts(rows_ND, leg.counts_e, leg.sizes_e)
-        index, inverse = regroup(leg.chunks_Se, rows_ND.shape[0])
-        rows_ND = experts(permute_rows(rows_ND, index, inverse), leg.counts_e, leg.sizes_e)
+    is_read = not is_replayed(kind)
+    if min(leg.chunks_Se.shape) == 1:
+        return experts(rows_ND, leg.counts_e, leg.sizes_e, is_read)
+    index, inverse = regroup(leg.chunks_Se, rows_ND.shape[0])
+    rows_ND = experts(permute_rows(rows_ND, index, inverse), leg.counts_e, leg.sizes_e, is_read)
     return permute_rows(rows_ND, inverse, index)
 
 

@@ -11,12 +11,17 @@ from lightning_ted.errors import TEDError
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.routing import Routing
 
-#: Rows in expert order ``[N, D]``, rows of each local expert, and the same on the host where it is known already.
-ExpertFunction = Callable[[Tensor, Tensor, list[int] | None], Tensor]
+#: Rows in expert order ``[N, D]``, rows of each local expert, the same on the host where it is known already, and whether anybody
+#: reads the values of what is returned.
+ExpertFunction = Callable[[Tensor, Tensor, list[int] | None, bool], Tensor]
 
 
 class Dispatcher(Protocol):
-    """Brings tokens to their experts and back: it owns their order, sizes and communication."""
+    """Brings tokens to their experts and back: it owns their order, sizes and communication.
+
+    A layer makes its dispatcher once. What it communicates, it takes through :func:`lightning_ted.collectives.tape.kept`, and sizes
+    that it reads on the host through :func:`lightning_ted.moe.routing.read_sizes`; otherwise a recomputation does both again.
+    """
 
     def __call__(
         self, tokens_TD: Tensor, routing: Routing, experts: ExpertFunction, beside: Callable[[], None]

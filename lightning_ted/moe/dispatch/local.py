@@ -25,5 +25,5 @@ class LocalDispatcher:
         sizes = read_sizes(counts_E) if order.may_drop else None
         routed = order.order_N.numel() if sizes is None else sum(sizes)
         rows_ND = expand_tokens(tokens_TD, order.order_N, order.position_TK, routed)
-        rows_ND = experts(rows_ND, counts_E, sizes)
+        rows_ND = experts(rows_ND, counts_E, sizes, True)
         return combine_rows(rows_ND, routing.weight_TK, order.order_N, order.position_TK, routed)

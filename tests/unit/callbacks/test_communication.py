@@ -20,6 +20,9 @@ class _Strategy:
     record_communication = False
     step: CommRecorder | None = None
 
+    def broadcast(self, value: Any) -> Any:
+        return value
+
     @property
     def communication(self) -> CommRecorder:
         if self.step is None:
@@ -137,7 +140,30 @@ def test_nothing_is_written_by_other_ranks_in_a_trial_or_without_steps(
     tmp_path: Path, options: dict[str, Any], steps: list[CommRecorder]
 ) -> None:
     _run(CommunicationMonitor(chart=False), _trainer(tmp_path, **options), steps)
-    assert not (tmp_path / "log").exists()
+    assert not list(tmp_path.glob("log/*"))
+
+
+def test_a_directory_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monitor = CommunicationMonitor(tmp_path / "file" / "folder")
+    with pytest.raises(UnsupportedError, match=r"dirpath=.*cannot be made \(NotADirectoryError"):
+        monitor.setup(_trainer(tmp_path), None, "fit")  # type: ignore[arg-type]
+
+
+def test_a_directory_that_is_lost_costs_the_files_only(tmp_path: Path) -> None:
+    monitor = CommunicationMonitor(tmp_path / "folder")
+    trainer = _trainer(tmp_path)
+    monitor.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    monitor._steps = 1
+    (tmp_path / "folder").rmdir()
+    with pytest.warns(UserWarning, match="cannot write to .*folder'"):
+        monitor.on_train_end(trainer, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"dirpath": 3}, {"chart": "no"}])
+def test_arguments_of_the_wrong_kind_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=f"{next(iter(options))}=.* must be "):
+        CommunicationMonitor(**options)
 
 
 def test_a_second_fit_begins_anew(tmp_path: Path) -> None:

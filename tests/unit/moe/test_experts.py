@@ -47,6 +47,25 @@ def test_experts_equal_a_loop_in_value_and_gradient(counts: list[int], activatio
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("width", [16, 10], ids=["grouped", "one by one"])
+@pytest.mark.filterwarnings("ignore:The experts are multiplied one by one")
+def test_an_output_that_nobody_reads_has_the_same_gradients(width: int) -> None:
+    torch.manual_seed(0)
+    experts, rows, counts = (
+        Experts(4, 8, width, bias=True),
+        torch.randn(8, 8, requires_grad=True),
+        torch.tensor([3, 0, 4, 1]),
+    )
+    wrt, grads = [rows, *experts.parameters()], []
+    for is_read in (True, False):
+        out = experts(rows, counts, None, is_read)
+        assert is_read or torch.equal(
+            out[:3], experts.down_proj_bias[:1].expand(3, -1)
+        )  # the product itself is left out
+        grads.append(torch.autograd.grad(out, wrt, torch.ones_like(out)))
+    assert all(map(torch.equal, *grads))
+
+
 def test_fallback_warns_once_and_names_the_reason() -> None:
     _warn_slow.cache_clear()
     experts = Experts(2, 6, 5, "relu")

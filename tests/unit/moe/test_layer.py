@@ -188,3 +188,15 @@ def test_capacity_of_split_sequences_that_are_not_told_apart_is_refused() -> Non
     assert layer(torch.randn(2, 3, 8)).shape == (2, 3, 8)
     with pytest.raises(TEDError, match=r"takes \[batch, sequence, width\], not \(6, 8\)"):
         layer(torch.randn(6, 8))
+
+
+def test_output_may_be_changed_in_place() -> None:
+    torch.manual_seed(0)
+    layer, x = MoE(8, 16, 4), torch.randn(2, 3, 8)
+    (layer(x) + x).square().sum().backward()
+    want = [parameter.grad.clone() for parameter in layer.parameters() if parameter.grad is not None]
+    layer.zero_grad()
+    y = layer(x)
+    y += x
+    y.square().sum().backward()
+    assert all(map(torch.equal, want, [p.grad for p in layer.parameters() if p.grad is not None]))

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import remove_parametrizations
 
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.moe import MoE, auxiliary_loss
@@ -170,7 +172,7 @@ def test_the_mode_can_be_changed() -> None:
     for options in (FULL, RecomputeOptions("comm_aware"), FULL):
         checkpoint_blocks(model, options)
         assert [vars(block)["_ted_recompute"] for block in model.layers] == [options] * 2
-        assert type(model.layers[0]).__mro__[2] is Block
+        assert type(model.layers[0]).__mro__[1] is Block
     checkpoint_blocks(model, FULL, ["Linear"])
     assert type(model.layers[0]) is Block
     assert runs(model) == [1, 1]
@@ -195,3 +197,51 @@ def test_a_tied_block_is_recomputed_each_time() -> None:
     assert runs(model) == [6]
     checkpoint_blocks(model, None)
     assert type(model.layers[2]) is Block
+
+
+def test_parametrizations_may_be_put_on_and_taken_off() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    weight_norm(model[0])
+    checkpoint_blocks(model, FULL, ["Linear"])
+    weight_norm(model[1])
+    model(torch.ones(2, 4)).sum().backward()
+    checkpoint_blocks(model, None)
+    model(torch.ones(2, 4)).sum().backward()
+    checkpoint_blocks(model, FULL, ["Linear"])
+    remove_parametrizations(model[1], "weight")
+    checkpoint_blocks(model, None)
+    remove_parametrizations(model[0], "weight")
+    assert [type(layer).__name__ for layer in model] == ["Linear", "Linear"]
+    model(torch.ones(2, 4)).sum().backward()
+
+
+def test_a_class_that_is_never_called_is_no_block() -> None:
+    with pytest.raises(UnsupportedError, match="names 'ModuleList', but EncoderDecoder holds no module of that class"):
+        checkpoint_blocks(EncoderDecoder(), FULL, ["ModuleList"])
+
+
+def test_a_base_that_registers_its_children_is_not_told_of_any() -> None:
+    known: list[str] = []
+
+    class Registering(nn.Module):
+        def __init_subclass__(cls, **arguments: Any) -> None:
+            known.append(cls.__name__)
+
+    class Registered(Registering):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    model = nn.Sequential(Registered(), Registered())
+    assert checkpoint_blocks(model, FULL) == ["0", "1"]
+    model(torch.ones(2, 4)).sum().backward()
+    assert known == ["Registered"]
+
+
+def test_blocks_are_found_in_a_dict_and_by_one_name() -> None:
+    model = nn.ModuleDict({"a": Block(), "b": Block(), "head": nn.Linear(4, 1)})
+    assert checkpoint_blocks(model, FULL) == ["a", "b"]
+    assert checkpoint_blocks(model, FULL, "Linear") == ["a.linear", "b.linear", "head"]

@@ -14,7 +14,7 @@ from lightning_ted.errors import TEDError
         ("duplicate_token_dropping", 2),
         ("activation_checkpointing", "some"),
         ("activation_checkpointing", True),
-        ("activation_checkpointing_policy", "Block"),
+        ("activation_checkpointing_policy", 3),
         ("activation_checkpointing_policy", []),
         ("activation_checkpointing_policy", [3]),
         ("activation_checkpointing_policy", [int]),

@@ -81,6 +81,11 @@ def test_sizes_that_find_nothing_to_cut_are_refused(
         _fit(model(), **sizes)
 
 
+def test_blocks_that_do_not_exist_are_refused_before_processes_start() -> None:
+    with pytest.raises(UnsupportedError, match="names 'Block', but BoringModel holds no module of that class"):
+        _fit(BoringModel(), activation_checkpointing="full", activation_checkpointing_policy=["Block"])
+
+
 def test_sizes_that_find_something_or_may_find_it_later_are_accepted() -> None:
     class MadeInSetup(BoringModel):
         def setup(self, stage: str) -> None:

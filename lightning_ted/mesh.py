@@ -19,6 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_ted.errors import TEDError
 from lightning_ted.topology import AXIS_NAMES, AxisName, Topology
 
+#: How long others wait on :meth:`TEDMesh.host_group` while one rank writes to disk, which takes longer than a collective.
+_HOST_TIMEOUT = timedelta(hours=2)
+
 
 @dataclass
 class Ledger:
@@ -103,6 +106,7 @@ class TEDMesh:
         self._ranks_per_node = topology.world_size if ranks_per_node is None else ranks_per_node
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._gradient_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._host_group: dist.ProcessGroup | None = None
         self._world = _current_world()
         if self._world is not None:
             self._groups[topology.group("world", self.rank)] = self._world
@@ -137,6 +141,17 @@ class TEDMesh:
         """
         inside, across = self.topology.node_groups(name, self.rank, self._ranks_per_node)
         return self._axis_of(f"{name}_inside", inside), self._axis_of(f"{name}_across", across)
+
+    def host_group(self) -> dist.ProcessGroup | None:
+        """A group of all ranks for objects in host memory, which a thread may use beside the other groups; None without processes.
+
+        Every rank has to ask for it, because that makes a process group.
+        """
+        if self._world is None:
+            return None
+        if self._host_group is None:
+            self._host_group = dist.new_group(timeout=_HOST_TIMEOUT, backend="gloo", group_desc="ted_host")
+        return self._host_group
 
     @property
     def is_alive(self) -> bool:

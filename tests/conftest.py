@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.mortals import Mortals
 from tests.support.pool import Pools
 
 
@@ -17,6 +18,13 @@ def pools() -> Iterator[Pools]:
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="module")
+def mortals() -> Iterator[Mortals]:
+    """``mortals.run(2, function, *args)`` calls a module-level function in two new processes, which may die."""
+    with Mortals() as mortals:
+        yield mortals
 
 
 @pytest.fixture(autouse=True)

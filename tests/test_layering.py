@@ -33,8 +33,10 @@ LADDER = {
     "plan": {"errors", "topology"},
     "simulate": _RING,
     "verify": _RING,
-    "convert": _RING,
-    "cli": _RING | {"simulate", "verify", "convert", "lightning_ted"},
+    "progress": set(),
+    "convert": _RING | {"progress"},
+    "inspection": _RING | {"progress"},
+    "cli": _RING | {"simulate", "verify", "convert", "inspection", "lightning_ted"},
     "__main__": {"cli"},
     # The front door imports names only when they are used; what it loads at once is tested below.
     "lightning_ted": _RING,

@@ -6,30 +6,33 @@ process would have written, and any strategy, any layout and ``load_from_checkpo
 
 from __future__ import annotations
 
-import copy
-import hashlib
+import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_ted.checkpoint import directory
+from lightning_ted.checkpoint.contents import OPTIMIZER_STATES
 from lightning_ted.checkpoint.optimizer_state import Join, gather_state
-from lightning_ted.collectives.primitives import all_extremes
+from lightning_ted.checkpoint.scratch import room_for
+from lightning_ted.checkpoint.stream import save_into
+from lightning_ted.checkpoint.tree import Names, require_same
 from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import CheckpointError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.sharded import ShardedOptimizer
 
-OPTIMIZER_STATES = "optimizer_states"
-
-#: What becomes of one tensor that is cut: where it stands in the checkpoint, the tensor, its layout.
-Visit = Callable[[str, Tensor, ParamLayout], Tensor]
+#: Tensors of fewer bytes than this stay in memory until the file is written.
+_SMALL = 2**20
 
 
 @contextmanager
@@ -42,36 +45,113 @@ def reading(path: object) -> Iterator[None]:
     """
     try:
         yield
-    except (EOFError, UnpicklingError, RuntimeError) as error:
+    except (EOFError, UnpicklingError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"'{path}' cannot be read as a checkpoint ({str(error).splitlines()[0] if str(error) else 'it is empty'}). It may be "
             "truncated, damaged or something else; use an older one."
         ) from error
 
 
+def is_archive(path: Path) -> bool:
+    """Whether a file is one of those that torch writes today."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # it looks like one, and is damaged
+        return False
+
+
+def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """A checkpoint whose tensors are read when they are looked at.
+
+    Args:
+        path: The file.
+        weights_only: False to allow what can execute code when it is read.
+
+    Raises:
+        CheckpointError: If it is no checkpoint.
+
+    """
+    with reading(path):
+        return torch.load(
+            path,
+            map_location="cpu",
+            weights_only=weights_only is not False,
+            mmap=is_archive(path) or None,
+        )
+
+
+def check_file(path: Path, weights_only: bool | None = True) -> None:
+    """Compare the contents of a checkpoint with the checksums that it holds.
+
+    Args:
+        path: The file.
+        weights_only: As in :func:`read_file`.
+
+    Raises:
+        CheckpointError: If it is truncated, damaged or something else.
+
+    """
+    try:
+        if is_archive(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        else:
+            # One of an old version of torch, which holds no checksums; or an archive that has lost its end.
+            read_file(path, weights_only)
+            return
+    except CheckpointError:
+        raise
+    except Exception as error:  # damage makes the library raise anything
+        raise CheckpointError(f"'{path}' cannot be read as a checkpoint ({error}); use an older one.") from error
+    if damaged is not None:
+        raise CheckpointError(f"'{path}' is damaged: the checksum of '{damaged}' is wrong. Use an older checkpoint.")
+
+
+def write_file(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint beside its place, and then put it there.
+
+    Raises:
+        CheckpointError: If there is a directory of something else in its place.
+        OSError: If it cannot be written; what was there before is as it was.
+
+    """
+    written = directory.prepare(path)
+    try:
+        with written.open("wb") as file:
+            save_into(file, checkpoint)
+            file.flush()
+            os.fsync(file.fileno())
+        directory.publish(written, path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
+
+
+def _kept(tensor: Tensor, folder: Path | None) -> Tensor:
+    """A copy in host memory, or in a nameless file that host memory is free to hold or not."""
+    if folder is not None and tensor.nbytes >= _SMALL:
+        # Without room the other ranks do not stop here; writing the file will fail on all of them.
+        with suppress(OSError):
+            return room_for({"": (tuple(tensor.shape), tensor.dtype)}, folder)[""].copy_(tensor)
+    return tensor.to("cpu", copy=True)
+
+
 class SingleFile:
     """The single-file form of one module's checkpoints.
 
     Args:
-        module: The module whose names the checkpoint uses.
-        layouts: How its parameters and buffers are cut, by qualified name.
+        names: How the module's parameters and buffers lie.
         mesh: Where this rank's parts lie.
         device: Where collectives take place.
+        folder: Where whole tensors may be set aside until they are written; None to keep them in host memory.
 
     """
 
-    def __init__(
-        self, module: nn.Module, layouts: Mapping[str, ParamLayout], mesh: TEDMesh, device: torch.device
-    ) -> None:
+    def __init__(self, names: Names, mesh: TEDMesh, device: torch.device, folder: Path | None = None) -> None:
+        self._names = names
         self._mesh = mesh
         self._device = device
-        named = [
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        ]
-        # By object, so that every name of a tied weight is found.
-        self._layout_of = {id(tensor): layouts[name] for name, tensor in named if name in layouts}
-        self._by_name = {name: self._layout_of.get(id(tensor)) for name, tensor in named}
+        self._folder = folder
 
     def joined(
         self,
@@ -80,7 +160,7 @@ class SingleFile:
         keep: bool,
         master_of: Callable[[Tensor], Tensor | None] = lambda _: None,
     ) -> dict[str, Any]:
-        """The checkpoint with full tensors. A collective: every rank calls it.
+        """The checkpoint with full tensors, one after the other. A collective: every rank calls it.
 
         Args:
             checkpoint: This rank's checkpoint, which is not changed.
@@ -104,11 +184,11 @@ class SingleFile:
             if tuple(tensor.shape) != layout.local_shape:
                 return tensor
             master = master_of(tensor)
-            return self._join(tensor if master is None else master, layout, keep)
+            return self._join(tensor, layout, keep) if master is None else self._join(master, layout, keep, fresh=True)
 
-        self._visit(checkpoint, note)
-        self._check_same(found)
-        result = self._visit(checkpoint, join)
+        self._names.visit(checkpoint, note, without=(OPTIMIZER_STATES,))
+        require_same(found, self._mesh, self._device)
+        result = self._names.visit(checkpoint, join, without=(OPTIMIZER_STATES,))
         if OPTIMIZER_STATES in checkpoint:
             result[OPTIMIZER_STATES] = [
                 gather_state(optimizer, state, self._join_state(keep), keep)
@@ -118,18 +198,19 @@ class SingleFile:
             ]
         return result
 
-    def _join(self, tensor: Tensor, layout: ParamLayout, keep: bool) -> Tensor:
+    def _join(self, tensor: Tensor, layout: ParamLayout, keep: bool, fresh: bool = False) -> Tensor:
+        """The whole tensor of which this rank has ``tensor``; ``fresh``: which has been made for this."""
         if not layout.cuts:
             # A file would hold all of the memory that a view looks at.
             shares = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
-            return tensor.clone() if keep and shares else tensor
+            return _kept(tensor, self._folder) if keep and (fresh or shares) else tensor
         full = gather_whole(tensor.detach().to(self._device), layout, self._mesh)
-        return full.cpu() if keep else tensor
+        return _kept(full, self._folder) if keep else tensor
 
     def _join_state(self, keep: bool) -> Join:
         def join(parameter: Parameter, part: Tensor) -> Tensor | None:
-            full = self._join(part, self._layout_of[id(parameter)], keep)
-            return full.cpu() if keep else None
+            full = self._join(part, self._names.known(parameter)[1], keep, fresh=True)
+            return full if keep else None
 
         return join
 
@@ -138,15 +219,15 @@ class SingleFile:
 
         Those are cut by :meth:`cut_optimizer_state`, once the optimizers are there.
         """
-        return self._visit(checkpoint, lambda _, tensor, layout: self._cut(tensor, layout))
+        return self._names.visit(
+            checkpoint, lambda _, tensor, layout: self.part(tensor, layout), without=(OPTIMIZER_STATES,)
+        )
 
     def cut_optimizer_state(self, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
         """One optimizer's state with this rank's parts."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         indices = [index for group in state.get("param_groups", []) for index in group["params"]]
-        layouts = {
-            index: self._layout_of.get(id(parameter)) for index, parameter in zip(indices, parameters, strict=False)
-        }
+        layouts = {index: self._names.of(parameter) for index, parameter in zip(indices, parameters, strict=False)}
         result: dict[Any, Any] = {}
         for index, entries in state.get("state", {}).items():
             layout = layouts.get(index)
@@ -154,66 +235,15 @@ class SingleFile:
                 result[index] = entries
                 continue
             result[index] = {
-                name: self._cut(entry, layout) if isinstance(entry, Tensor) else entry
+                name: self.part(entry, layout) if isinstance(entry, Tensor) else entry
                 for name, entry in entries.items()
             }
         return {**state, "state": result} if "state" in state else state
 
-    def _cut(self, tensor: Tensor, layout: ParamLayout) -> Tensor:
+    def part(self, tensor: Tensor, layout: ParamLayout) -> Tensor:
+        """This rank's part of a tensor, if it is a whole one."""
         if not layout.cuts or tuple(tensor.shape) != layout.global_shape:
             return tensor
         index: dict[str, int] = {cut.axis: self._mesh.axis(cut.axis).rank for cut in layout.cuts}
         # A copy, as a view would keep the full tensor in memory.
         return layout.part(tensor, index).clone(memory_format=torch.contiguous_format)
-
-    def _check_same(self, found: list[str]) -> None:
-        # Seven bytes: a whole number of 64 bits whose negative is one, too.
-        digest = int.from_bytes(hashlib.blake2b("\n".join(found).encode(), digest_size=7).digest(), "big")
-        # Decided by what every rank has seen, so that all of them raise and none is left waiting.
-        if torch.equal(*all_extremes(torch.tensor([digest], device=self._device), self._mesh.axis("world"))):
-            return
-        raise CheckpointError(
-            "The ranks' checkpoints hold different sharded tensors, so they cannot be joined. HINT: hooks such as "
-            "`on_save_checkpoint` see this rank's parts and must add and remove the same keys on every rank. This rank's: "
-            + ", ".join(found[:8])
-            + (", ..." if len(found) > 8 else "")
-        )
-
-    def _visit(self, checkpoint: dict[str, Any], visit: Visit) -> dict[str, Any]:
-        """All but the optimizers' states."""
-        result = copy.copy(checkpoint)
-        for key, value in checkpoint.items():
-            if key != OPTIMIZER_STATES:
-                result[key] = self._visit_value(str(key), key, value, visit)
-        return result
-
-    def _visit_value(self, path: str, key: object, value: Any, visit: Visit) -> Any:
-        if isinstance(value, Tensor):
-            layout = self._find(key) if isinstance(key, str) else None
-            return value if layout is None else visit(path, value, layout)
-        if isinstance(value, dict):
-            pairs = list(value.items())
-        elif type(value) is list:
-            pairs = list(enumerate(value))
-        else:
-            return value
-        changed = {k: self._visit_value(f"{path}.{k}", k, item, visit) for k, item in pairs}
-        if all(changed[k] is item for k, item in pairs):
-            return value
-        # `copy` keeps the class and its attributes: a state dict carries its version in one.
-        result = copy.copy(value)
-        for k, item in changed.items():
-            result[k] = item
-        return result
-
-    def _find(self, key: str) -> ParamLayout | None:
-        """The layout for a key that is a qualified name, or ends in one; the longest name wins.
-
-        Names that are not cut are found too: ``teacher.head.weight`` must not be taken for ``head.weight``.
-        """
-        while True:
-            if key in self._by_name:
-                return self._by_name[key]
-            _, dot, key = key.partition(".")
-            if not dot:
-                return None

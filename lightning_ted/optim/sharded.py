@@ -8,6 +8,7 @@ Note [The object stays]
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -82,6 +83,17 @@ def shard_optimizer(optimizer: Optimizer, step: ShardedStep) -> None:
     # The share is scaled by itself: a gradient scaler is to treat this optimizer as an ordinary one.
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     optimizer.sharded = step  # type: ignore[attr-defined]
+
+
+def groups_of(optimizer: ShardedOptimizer) -> dict[str, Any]:
+    """An optimizer's ``state_dict``, of which the state is left out."""
+    whole = optimizer.state
+    try:
+        optimizer.state = defaultdict(dict)
+        # As the optimizer's own class does it, which may add entries of its own.
+        return super(ShardedOptimizer, optimizer).state_dict()
+    finally:
+        optimizer.state = whole
 
 
 def share_of(optimizer: Optimizer) -> ShardedStep:

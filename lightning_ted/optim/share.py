@@ -241,6 +241,14 @@ class OptimizerShare:
         owned = [bucket.master_of(piece) for piece in bucket.pieces if piece.index == index]
         return self.gather(parameter, (owned[0] if owned else bucket.masters[:0]).to(bucket.device))
 
+    def masters_owned(self, parameter: Parameter) -> tuple[Bucket, list[tuple[int, Tensor]]] | None:
+        """Of the master weights of this rank's part of a parameter, its bucket, and the ranges that this rank owns: where each
+        begins, and its elements, flat. None if it is its own master."""
+        bucket, index = self._places[parameter]
+        if bucket.masters is None:
+            return None
+        return bucket, [(piece.start, bucket.master_of(piece)) for piece in bucket.pieces if piece.index == index]
+
     @torch.no_grad()
     def local_gradient(self, parameter: Parameter) -> Tensor | None:
         """The reduced gradient of this rank's part of a parameter, put together from all that own some of it; None if it has

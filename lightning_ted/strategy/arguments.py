@@ -78,6 +78,8 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "offload_optimizer": (lambda value: isinstance(value, bool), "True or False"),
     "overlap_weight_gather": (lambda value: isinstance(value, bool), "True or False"),
     "fp32_gradients": (lambda value: isinstance(value, bool), "True or False"),
+    "save_distributed_checkpoint": (lambda value: isinstance(value, bool), "True or False"),
+    "async_save": (lambda value: isinstance(value, bool), "True or False"),
     "tensor_parallel_plan": (_is_plan, "'auto' or a dict of name pattern to style"),
     "accelerator": (_one_of(Accelerator), f"an Accelerator or None{_LEFT_TO_THE_TRAINER}"),
     "parallel_devices": (
@@ -109,6 +111,16 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise UnsupportedError(
             "`sequence_parallel=True` splits the tokens before the experts, which leaves no duplicates to keep: "
             "`duplicate_token_dropping=False` cannot be had with it. Leave one of the two at its default."
+        )
+    if arguments["async_save"] and not arguments["save_distributed_checkpoint"]:
+        raise UnsupportedError(
+            "`async_save=True` writes directories, and `save_distributed_checkpoint=False` asks for files; leave one of the two at "
+            "its default."
+        )
+    if arguments["checkpoint_io"] is not None and arguments["save_distributed_checkpoint"]:
+        raise UnsupportedError(
+            f"`checkpoint_io={arguments['checkpoint_io']!r}` writes files, and `save_distributed_checkpoint=True` directories; set "
+            "that to False."
         )
     mode = arguments["activation_checkpointing"]
     _refuse_idle(arguments, "activation_checkpointing_policy", None, "full", idle=mode is None)

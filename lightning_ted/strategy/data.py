@@ -31,6 +31,18 @@ def seed_workers(dataloader: object, data_rank: int) -> object:
     return dataloader
 
 
+def with_own_generator(dataloader: object, seed: int) -> object:
+    """Let a loader of an evaluation draw the seed of its workers, and its order, from another generator than training does.
+
+    A generator of the user's is left alone.
+    """
+    if isinstance(dataloader, DataLoader) and dataloader.generator is None:
+        dataloader.generator = torch.Generator().manual_seed(seed)
+        if getattr(dataloader.sampler, "generator", dataloader) is None:
+            dataloader.sampler.generator = dataloader.generator  # type: ignore[attr-defined]
+    return dataloader
+
+
 def equalize_random_state(tensor_axis: Axis, device: torch.device) -> None:
     """Give every tensor peer the random state (python, numpy, torch, cuda) of tensor rank 0.
 
@@ -39,7 +51,7 @@ def equalize_random_state(tensor_axis: Axis, device: torch.device) -> None:
     """
     if tensor_axis.size == 1:
         return
-    state = _own_device_only(collect_rng_states(include_cuda=device.type == "cuda"), device)
+    state = random_state(device)
     # The size differs between ranks (python caches a float now and then), so it goes first.
     packed = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8).to(device)
     size = broadcast_(torch.tensor([packed.numel()], device=device), tensor_axis)
@@ -47,17 +59,20 @@ def equalize_random_state(tensor_axis: Axis, device: torch.device) -> None:
         packed = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
     packed = broadcast_(packed, tensor_axis)
     if tensor_axis.rank != 0:
-        _restore(pickle.loads(packed.cpu().numpy().tobytes()), device)
+        restore_random_state(pickle.loads(packed.cpu().numpy().tobytes()), device)
 
 
-def _own_device_only(state: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    if "torch.cuda" in state:
-        # The peers sit on other devices: what is sent is the state of the one that this rank uses.
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the global generators and, on CUDA, of that of one device."""
+    state = collect_rng_states(include_cuda=False)
+    if device.type == "cuda":
         state["torch.cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _restore(state: dict[str, Any], device: torch.device) -> None:
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Set the global generators and, on CUDA, that of one device."""
+    state = dict(state)
     cuda = state.pop("torch.cuda", None)
     set_rng_states(state)
     if cuda is not None:

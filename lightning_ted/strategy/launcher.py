@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,8 +21,8 @@ class CheckingLauncher(SubprocessScriptLauncher):
         cluster_environment: Where ranks and addresses come from.
         num_processes: Processes on this node.
         num_nodes: Number of nodes.
-        check: Called with the LightningModule that is about to run (``None`` if unknown); raises if the sizes do not
-            fit.
+        check: Called with the LightningModule that is about to run (``None`` if unknown) the ``Trainer`` and all that its method
+            was called with; raises if the sizes do not fit.
 
     """
 
@@ -31,7 +31,7 @@ class CheckingLauncher(SubprocessScriptLauncher):
         cluster_environment: ClusterEnvironment,
         num_processes: int,
         num_nodes: int,
-        check: Callable[[pl.LightningModule | None], object],
+        check: Callable[[pl.LightningModule | None, Sequence[Any]], object],
     ) -> None:
         super().__init__(cluster_environment, num_processes, num_nodes)
         self._check = check
@@ -39,5 +39,5 @@ class CheckingLauncher(SubprocessScriptLauncher):
     @override
     def launch(self, function: Callable, *args: Any, trainer: pl.Trainer | None = None, **kwargs: Any) -> Any:
         module = next((arg for arg in args if isinstance(arg, pl.LightningModule)), None)
-        self._check(module)
+        self._check(module, (trainer, *args, *kwargs.values()))
         return super().launch(function, *args, trainer=trainer, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -159,8 +160,12 @@ class RankedStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
         self._launcher = CheckingLauncher(
-            self.cluster_environment, self.num_processes, self.num_nodes, check=self._resolve
+            self.cluster_environment, self.num_processes, self.num_nodes, check=self._before_launch
         )
+
+    def _before_launch(self, module: pl.LightningModule | None, arguments: Sequence[Any]) -> None:
+        """Look at what the ``Trainer`` is about to do, before there are processes."""
+        self._resolve(module)
 
     def set_world_ranks(self) -> None:
         """Tell the cluster environment and Lightning's rank-zero helpers which rank this is."""

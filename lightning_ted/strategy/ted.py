@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
@@ -10,14 +10,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from lightning_ted.checkpoint.single_file import OPTIMIZER_STATES, SingleFile, reading
 from lightning_ted.collectives.tape import KeepPolicy
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe.layer import MoE, moe_layers
@@ -29,15 +27,15 @@ from lightning_ted.strategy.arguments import check_arguments
 from lightning_ted.strategy.batchnorm import synchronize_layers
 from lightning_ted.strategy.buffers import synchronize_buffers
 from lightning_ted.strategy.hints import add_hint
+from lightning_ted.strategy.loading import LoadingStrategy
 from lightning_ted.strategy.partition import PartitionOptions, close_regions, mesh_of, partition_module
 from lightning_ted.strategy.registry import NAME
 from lightning_ted.strategy.sizes import check_reuse, module_styles, resolve_sizes
-from lightning_ted.strategy.stepping import SteppingStrategy
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import RankOrder, Topology
 
 
-class TEDStrategy(SteppingStrategy):
+class TEDStrategy(LoadingStrategy):
     r"""Trains models with mixture-of-experts layers under tensor + expert + data parallelism (arXiv 2303.06318).
 
     The same ranks are arranged twice: ``tensor x data`` for ordinary layers, ``expert-tensor x expert x expert-data`` for
@@ -75,6 +73,9 @@ class TEDStrategy(SteppingStrategy):
             only hooks of evaluations and checkpoints may then read weights.
         tensor_parallel_plan: ``"auto"`` uses the ``tp_plan`` attributes of the model's modules; otherwise a style for each
             name pattern.
+        save_distributed_checkpoint: Write checkpoints as directories, to which each rank writes its parts and which any layout
+            reads; ``False``: as one plain ``.ckpt`` file, which any strategy reads. Both are read, whatever this is.
+        async_save: Go on while a directory is written, from a copy in host memory; the next save waits for it.
         accelerator: The accelerator; usually left to the ``Trainer``.
         parallel_devices: The devices of this node; usually left to the ``Trainer``.
         cluster_environment: Where ranks and addresses come from; usually left to the ``Trainer``.
@@ -107,6 +108,8 @@ class TEDStrategy(SteppingStrategy):
         fp32_gradients: bool = False,
         overlap_weight_gather: bool = False,
         tensor_parallel_plan: Literal["auto"] | dict[str, str] = "auto",
+        save_distributed_checkpoint: bool = True,
+        async_save: bool = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -137,6 +140,8 @@ class TEDStrategy(SteppingStrategy):
         self._training_options = TrainingOptions(
             zero_stage, optimizer_tile_size, offload_optimizer, fp32_gradients, overlap_weight_gather
         )
+        self._save_distributed = save_distributed_checkpoint
+        self._async_save = async_save
         self._tensor_parallel_size = tensor_parallel_size
         self._expert_parallel_size = expert_parallel_size
         self._expert_tensor_parallel_size = expert_tensor_parallel_size
@@ -247,7 +252,7 @@ class TEDStrategy(SteppingStrategy):
         assert self.accelerator is not None and self.model is not None and self.lightning_module is not None
         self.accelerator.setup(trainer)
         module = self.lightning_module
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        fitting = self._is_fitting()
         if fitting and self._layer_sync is not None:
             self.model = synchronize_layers(self._layer_sync, self.model, self.mesh.axis("data"))
         self.model = self.precision_plugin.convert_module(self.model)
@@ -279,12 +284,19 @@ class TEDStrategy(SteppingStrategy):
         for layer in self._moe_layers:
             layer.end_step()
 
-    on_validation_end = on_test_end = on_predict_end = post_training_step
+    on_test_end = on_predict_end = post_training_step
+
+    @override
+    def on_validation_end(self) -> None:
+        self.post_training_step()
+        super().on_validation_end()
 
     # -- data -----------------------------------------------------------------------------------------------------------
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
+        if self._is_fitting() and self._stage() != RunningStage.TRAINING:
+            dataloader = data.with_own_generator(dataloader, self.data_parallel_rank)
         return data.seed_workers(dataloader, self.data_parallel_rank)
 
     @override
@@ -305,46 +317,12 @@ class TEDStrategy(SteppingStrategy):
         self._wait_for_weights()
         synchronize_buffers(self.lightning_module, self._layouts, self.mesh.axis("data"), self.root_device)
 
-    on_validation_start = on_test_start = on_predict_start = _synchronize_buffers
-
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
-
-    def _single_file(self) -> SingleFile:
-        # Made anew each time: moving a module to another device replaces its buffers.
-        assert self.lightning_module is not None
-        return SingleFile(self.lightning_module, self._layouts, self.mesh, self.root_device)
+    on_test_start = on_predict_start = _synchronize_buffers
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Write one file with full tensors. A collective: every rank calls it."""
-        path = self.broadcast(filepath)
-        masters = {}
-        if self._training is not None:
-            self._training.wait_for_weights()
-            self._training.update_masters()
-            masters["master_of"] = self._training.find_masters()
-        full = self._single_file().joined(checkpoint, self.optimizers, self.is_global_zero, **masters)
-        super().save_checkpoint(full, path, storage_options)
-
-    @override
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        with reading(checkpoint_path):
-            checkpoint = super().load_checkpoint(checkpoint_path, **_compat.reading_options(weights_only))
-        return self._single_file().cut(checkpoint)
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        self._wait_for_weights()
-        super().load_model_state_dict(checkpoint, strict)
-        if self._training is not None:
-            # Not by way of the working weights, which are rounded.
-            self._training.update_masters(checkpoint["state_dict"])
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        file = self._single_file()
-        for optimizer, state in zip(self.optimizers, checkpoint[OPTIMIZER_STATES], strict=False):
-            optimizer.load_state_dict(file.cut_optimizer_state(state, optimizer))
+    def on_validation_start(self) -> None:
+        self._synchronize_buffers()
+        super().on_validation_start()
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_ted.checkpoint.contents import Ranges
 from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import ParamLayout
@@ -141,17 +142,36 @@ class Training:
         """Gives, for a tensor that shares memory with a working weight, this rank's part of the masters. A collective; None,
         without communicating, for other tensors.
         """
+        find = self._finder()
+
+        def master_of(tensor: Tensor) -> Tensor | None:
+            found = find(tensor)
+            return None if found is None else found[0].gather_master(found[1])
+
+        return master_of
+
+    def find_master_ranges(self) -> Callable[[Tensor], Ranges | None]:
+        """The same of the ranges that this rank owns, without communicating."""
+        find = self._finder()
+
+        def masters_of(tensor: Tensor) -> Ranges | None:
+            found = find(tensor)
+            owned = None if found is None else found[0].masters_owned(found[1])
+            if owned is None:
+                return None
+            bucket, parts = owned
+            assert bucket.masters is not None
+            return Ranges(parts, bucket.axis.name, bucket.masters.dtype)
+
+        return masters_of
+
+    def _finder(self) -> Callable[[Tensor], tuple[ShardedStep, Parameter] | None]:
         places = {
             (parameter.data_ptr(), parameter.shape): (step, parameter)
             for step in self._steps.values()
             for parameter in step.parameters
         }
-
-        def master_of(tensor: Tensor) -> Tensor | None:
-            step, parameter = places.get((tensor.data_ptr(), tensor.shape), (None, None))
-            return None if step is None or parameter is None else step.gather_master(parameter)
-
-        return master_of
+        return lambda tensor: places.get((tensor.data_ptr(), tensor.shape))
 
     def close(self) -> None:
         """Listen to parameters and modules no more."""

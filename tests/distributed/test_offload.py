@@ -93,7 +93,11 @@ def test_offloaded_shares_are_stepped_bit_for_bit_as_others(pools: Pools, world:
 
 def _fit(folder: str, name: str, precision: str, offloads: bool, epochs: int, resume: str | None = None) -> None:
     strategy = TEDStrategy(
-        tensor_parallel_size=2, expert_parallel_size=2, optimizer_tile_size=32, offload_optimizer=offloads
+        tensor_parallel_size=2,
+        expert_parallel_size=2,
+        optimizer_tile_size=32,
+        offload_optimizer=offloads,
+        save_distributed_checkpoint=False,
     )
     run = L.Trainer(
         strategy=strategy,

@@ -111,19 +111,27 @@ def test_overflow_on_one_rank_skips_the_step_on_all(pools: Pools, stage: int) ->
         assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def _resume(precision: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], set[torch.dtype], list[str]]:
+def _resume(
+    precision: str, folder: str
+) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], set[torch.dtype], list[str]]:
+    """Uninterrupted, resumed from a directory and from a file; and what the file holds."""
     whole = _trainer(precision, max_epochs=2)
     whole.fit(Toy(), loader())
     first = _trainer(precision, max_epochs=1)
     first.fit(Toy(), loader())
-    first.save_checkpoint(f"{folder}/last.ckpt")
-    saved = torch.load(f"{folder}/last.ckpt", weights_only=False)
-    second = _trainer(precision, layout="tp2", max_epochs=2)
-    second.fit(Toy(), loader(), ckpt_path=f"{folder}/last.ckpt")
+    resumed = []
+    for form in ("directory", "file"):
+        first.strategy._save_distributed = form == "directory"
+        first.save_checkpoint(f"{folder}/{form}")
+    for form in ("directory", "file"):
+        second = _trainer(precision, layout="tp2", max_epochs=2)
+        second.fit(Toy(), loader(), ckpt_path=f"{folder}/{form}")
+        resumed.append(whole_weights(second))
+    saved = torch.load(f"{folder}/file", weights_only=True)
     moments = saved["optimizer_states"][0]["state"]
     dtypes = {tensor.dtype for tensor in saved["state_dict"].values()}
     dtypes |= {entry.dtype for entries in moments.values() for entry in entries.values()}
-    return whole_weights(whole), whole_weights(second), dtypes, sorted(map(str, moments))
+    return whole_weights(whole), resumed, dtypes, sorted(map(str, moments))
 
 
 @pytest.mark.parametrize("precision", DTYPES)
@@ -131,8 +139,7 @@ def test_checkpoint_holds_masters_and_resuming_is_exact(pools: Pools, precision:
     for whole, resumed, dtypes, indices in pools(4).run(_resume, precision, str(tmp_path)):
         assert dtypes == {torch.float32}
         assert len(indices) == len(whole)
-        for name, tensor in whole.items():
-            assert torch.equal(tensor, resumed[name]), name
+        assert_same_everywhere([whole, *resumed])
 
 
 def _gradient_dtypes(wide: bool) -> tuple[set[torch.dtype], float]:

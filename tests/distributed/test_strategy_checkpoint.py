@@ -1,4 +1,4 @@
-"""A checkpoint is one plain file that any layout, DDP and ``load_from_checkpoint`` read."""
+"""Checkpoints are read by any layout; one-file ones by DDP and ``load_from_checkpoint``, too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_ted.errors import CheckpointError
 from tests.support.pool import Pools
 from tests.support.runs import Toy, assert_close, loader, trainer, whole_weights
 
-BATCH = {"ddp": 4, "tp2": 4, "tp2 etp1": 4, "ep4": 2, "tp4": 8, "tp4 etp1": 8}
+BATCH = {"ddp": 4, "tp2": 4, "tp2 file": 4, "tp2 etp1": 4, "ep4": 2, "tp4": 8, "tp4 etp1": 8}
 
 
 def _start(layout: str, folder: str) -> dict[str, Tensor]:
@@ -36,8 +36,9 @@ def _resume(layout: str, path: str) -> dict[str, Tensor]:
     return whole_weights(run)
 
 
-def test_checkpoint_moves_between_layouts(pools: Pools, tmp_path: Path) -> None:
-    expected = pools(4).run(_start, "tp2", str(tmp_path))[0]
+@pytest.mark.parametrize("form", ["tp2", "tp2 file"], ids=["directory", "file"])
+def test_checkpoint_moves_between_layouts(pools: Pools, tmp_path: Path, form: str) -> None:
+    expected = pools(4).run(_start, form, str(tmp_path))[0]
     path = str(tmp_path / "half.ckpt")
     assert not (tmp_path / "other.ckpt").exists()
     for layout in ("tp2", "tp4", "tp4 etp1", "ep4", "tp2 etp1"):
@@ -46,6 +47,8 @@ def test_checkpoint_moves_between_layouts(pools: Pools, tmp_path: Path) -> None:
                 assert all(torch.equal(got[name], expected[name]) for name in expected)
             else:
                 assert_close(got, expected, 1e-4)
+    if form == "tp2":
+        return
     assert_close(pools(2).run(_resume, "ddp", path)[0], expected, 1e-4)
 
     file = torch.load(path, weights_only=True)
@@ -74,8 +77,9 @@ def _use_weights_only(path: str) -> tuple[float, str]:
     return loss, ""
 
 
-def test_checkpoint_of_weights_only_can_be_tested_but_not_resumed(pools: Pools, tmp_path: Path) -> None:
-    pools(4).run(_start, "tp2", str(tmp_path))
+@pytest.mark.parametrize("form", ["tp2", "tp2 file"], ids=["directory", "file"])
+def test_checkpoint_of_weights_only_can_be_tested_but_not_resumed(pools: Pools, tmp_path: Path, form: str) -> None:
+    pools(4).run(_start, form, str(tmp_path))
     results = pools(4).run(_use_weights_only, str(tmp_path / "weights.ckpt"))
     assert len({loss for loss, _ in results}) == 1
     assert all("checkpoint contains only the model" in message for _, message in results)
@@ -109,8 +113,8 @@ class _Hooked(Toy):
         assert checkpoint["state_dict"]["teacher.net.up.weight"].shape == (16, 8)
 
 
-def _hooked(path: str) -> tuple[Any, ...]:
-    run = trainer("tp2", max_epochs=1)
+def _hooked(path: str, form: str) -> tuple[Any, ...]:
+    run = trainer(form, max_epochs=1)
     run.fit(module := _Hooked(), loader())
     run.save_checkpoint(path)
     again = trainer("tp2", max_epochs=2)
@@ -119,9 +123,12 @@ def _hooked(path: str) -> tuple[Any, ...]:
     return tuple(module.saw), tuple(other.loaded.shape), torch.equal(other.loaded, module.net.up.weight + 1)
 
 
-def test_hooks_see_parts_and_the_file_holds_whole_tensors(pools: Pools, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["tp2", "tp2 file"], ids=["directory", "file"])
+def test_hooks_see_parts_and_the_file_holds_whole_tensors(pools: Pools, tmp_path: Path, form: str) -> None:
     path = str(tmp_path / "hooked.ckpt")
-    assert pools(4).run(_hooked, path) == [((8, 8), (8, 8), True)] * 4
+    assert pools(4).run(_hooked, path, form) == [((8, 8), (8, 8), True)] * 4
+    if form == "tp2":
+        return
     file = torch.load(path, weights_only=True)
     assert not any(name.startswith("net.head") for name in file["state_dict"])
     for name in ("net.up.weight", "tied.weight", "teacher.net.up.weight"):
@@ -138,8 +145,8 @@ class _DropsOnOneRank(Toy):
             del checkpoint["state_dict"]["net.up.weight"]
 
 
-def _unequal_keys(path: str) -> str:
-    run = trainer("tp2", max_steps=1)
+def _unequal_keys(path: str, form: str) -> str:
+    run = trainer(form, max_steps=1)
     run.fit(_DropsOnOneRank(), loader())
     try:
         run.save_checkpoint(path)
@@ -148,8 +155,11 @@ def _unequal_keys(path: str) -> str:
     return ""
 
 
-def test_hooks_that_differ_between_ranks_are_reported_instead_of_hanging(pools: Pools, tmp_path: Path) -> None:
-    messages = pools(4).run(_unequal_keys, str(tmp_path / "x.ckpt"))
+@pytest.mark.parametrize("form", ["tp2", "tp2 file"], ids=["directory", "file"])
+def test_hooks_that_differ_between_ranks_are_reported_instead_of_hanging(
+    pools: Pools, tmp_path: Path, form: str
+) -> None:
+    messages = pools(4).run(_unequal_keys, str(tmp_path / "x.ckpt"), form)
     assert all("must add and remove the same keys on every rank" in message for message in messages)
 
 

@@ -17,7 +17,7 @@ def main() -> None:
         accelerator="cpu",
         devices=devices,
         num_nodes=nodes,
-        strategy=TEDStrategy(tensor_parallel_size=tensor, expert_parallel_size=2),
+        strategy=TEDStrategy(tensor_parallel_size=tensor, expert_parallel_size=2, save_distributed_checkpoint=False),
         max_steps=3,
         logger=False,
         enable_checkpointing=False,

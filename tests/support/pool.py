@@ -51,7 +51,7 @@ START_TIMEOUT = 180.0
 GRACE = 1.0
 
 _FOREIGN_LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "OMPI_", "LSB_", "JSM_", "PL_")
-_HOST = "127.0.0.1"
+HOST = "127.0.0.1"
 
 
 class WorkerError(RuntimeError):
@@ -109,7 +109,7 @@ class Pool:
         """
         self._calls += 1
         try:
-            message = pickle.dumps(_Call(self._calls, _free_port(), timeout, fn, args))
+            message = pickle.dumps(_Call(self._calls, free_port(), timeout, fn, args))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
                 f"{fn!r} or its arguments cannot be sent to the workers ({error}); use a module-level function."
@@ -133,7 +133,7 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
         self._folder = Path(tempfile.mkdtemp(prefix="pool-"))
-        self._store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         # Registered after multiprocessing's own exit handler and so run before it; that one would wait for the workers.
         atexit.register(self.close)
         try:
@@ -238,9 +238,9 @@ def _report(headline: str, texts: dict[int, str], silent: list[int]) -> str:
     return "".join(lines)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind((_HOST, 0))
+        probe.bind((HOST, 0))
         return probe.getsockname()[1]
 
 
@@ -249,15 +249,12 @@ def _free_port() -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _serve(rank: int, world_size: int, pipe: Connection, store_port: int, stack_file: str) -> None:
-    """Answer calls until the pool goes away."""
+def settle() -> None:
+    """Make a worker of this process."""
     import torch
-    from torch.distributed import TCPStore
 
     # The parent alone decides what an interrupt means; it ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stacks = open(stack_file, "w")  # noqa: SIM115 - stays open for as long as the process lives
-    faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=False)
     # Data loaders in here fork: a server per rank, with imports of its own, would take seconds for each of them.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
@@ -269,11 +266,20 @@ def _serve(rank: int, world_size: int, pipe: Connection, store_port: int, stack_
         del os.environ[key]
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
-    environment, folder = dict(os.environ), os.getcwd()
-    store = TCPStore(_HOST, store_port, is_master=False)
     # What is loaded by now stays: the collection after each call need not walk through it.
     gc.collect()
     gc.freeze()
+
+
+def _serve(rank: int, world_size: int, pipe: Connection, store_port: int, stack_file: str) -> None:
+    """Answer calls until the pool goes away."""
+    from torch.distributed import TCPStore
+
+    settle()
+    stacks = open(stack_file, "w")  # noqa: SIM115 - stays open for as long as the process lives
+    faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=False)
+    environment, folder = dict(os.environ), os.getcwd()
+    store = TCPStore(HOST, store_port, is_master=False)
     pipe.send_bytes(pickle.dumps((True, None)))
     while True:
         try:
@@ -286,7 +292,7 @@ def _serve(rank: int, world_size: int, pipe: Connection, store_port: int, stack_
         try:
             answer = pickle.dumps((True, _answer(message, rank, world_size, store)))
         except BaseException as error:  # pytest's outcomes and SystemExit too
-            answer = pickle.dumps((False, _traceback(error)))
+            answer = pickle.dumps((False, describe(error)))
         pipe.send_bytes(answer)
 
 
@@ -294,14 +300,14 @@ def _answer(message: bytes, rank: int, world_size: int, store: Any) -> Any:
     """One call: a process group of its own, and nothing kept from the call before."""
     import torch.distributed as dist
 
-    _forget(rank)
+    forget(rank)
     call: _Call = pickle.loads(message)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         NODE_RANK="0",
         WORLD_SIZE=str(world_size),
-        MASTER_ADDR=_HOST,
+        MASTER_ADDR=HOST,
         MASTER_PORT=str(call.main_port),
     )
     dist.init_process_group(
@@ -316,8 +322,8 @@ def _answer(message: bytes, rank: int, world_size: int, store: Any) -> Any:
     return call.function(*call.args)
 
 
-def _forget(rank: int) -> None:
-    """Undo what the call before may have left.
+def forget(rank: int) -> None:
+    """Undo what a call before may have left in this process, which is to be ``rank``.
 
     Its process groups end only here, when every rank has answered: a rank that closed its connections as soon as it was
     done (or had failed) would make its peers fail too, and hide the reason.
@@ -338,7 +344,7 @@ def _forget(rank: int) -> None:
     torch.use_deterministic_algorithms(False)
 
 
-def _traceback(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """The traceback of ``error`` without this file's own frames at its top."""
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename == __file__:

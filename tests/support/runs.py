@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ted import TEDStrategy
 from lightning_ted.checkpoint.single_file import SingleFile
+from lightning_ted.checkpoint.tree import Names
 from lightning_ted.moe import MoE
 
 SAMPLES, FEATURES = 32, 8
@@ -98,14 +99,14 @@ def loader(batch_size: int = 4, length: int = SAMPLES, **options: Any) -> DataLo
 
 
 def strategy(name: str) -> Strategy:
-    """``"one"`` process, ``"ddp"``, or a layout such as ``"tp2"``, ``"tp2 etp1"``, ``"ep4"``."""
+    """``"one"`` process, ``"ddp"``, or a layout such as ``"tp2"``, ``"tp2 etp1"``, ``"ep4"``; ``"tp2 file"`` writes files."""
     if name == "one":
         return SingleDeviceStrategy()
     if name.startswith("ddp"):
         return DDPStrategy(find_unused_parameters="unused" in name)
     names = {"tp": "tensor_parallel_size", "ep": "expert_parallel_size", "etp": "expert_tensor_parallel_size"}
-    sizes: dict[str, Any] = {}
-    for word in name.split():
+    sizes: dict[str, Any] = {"save_distributed_checkpoint": "file" not in name}
+    for word in name.replace("file", "").split():
         key = word.rstrip("0123456789")
         sizes[names[key]] = int(word[len(key) :])
     return TEDStrategy(**sizes)
@@ -129,7 +130,8 @@ def whole_weights(run: L.Trainer) -> dict[str, Tensor]:
     """The full state dict, on every rank."""
     state = run.lightning_module.state_dict()
     if isinstance(run.strategy, TEDStrategy):
-        file = SingleFile(run.lightning_module, run.strategy.layouts, run.strategy.mesh, torch.device("cpu"))
+        names = Names(run.lightning_module, run.strategy.layouts)
+        file = SingleFile(names, run.strategy.mesh, torch.device("cpu"))
         state = file.joined({"state_dict": state}, (), keep=True)["state_dict"]
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_ted.cli import main
+from tests.support.written import write_directory
 
 BORING = "--model=lightning.pytorch.demos.boring_classes.BoringModel"
 
@@ -33,7 +35,8 @@ def test_help_names_the_subcommands(run: Callable[..., None], capsys: pytest.Cap
         run("--help")
     printed = capsys.readouterr().out
     assert printed.startswith("usage: lightning-ted")
-    assert all(name in printed for name in ("fit", "validate", "test", "predict"))
+    assert all(name in printed for name in ("fit", "validate", "test", "predict", "convert", "inspect"))
+    assert "Write a checkpoint in another form" in printed
 
 
 def test_help_of_the_strategy_comes_from_its_docstring(
@@ -80,3 +83,62 @@ def test_sizes_that_do_not_divide_end_the_command_with_a_message(run: Callable[.
             "--trainer.strategy=lightning_ted.TEDStrategy",
             "--trainer.strategy.tensor_parallel_size=3",
         )
+
+
+# -- commands for checkpoints ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "texts"),
+    [
+        (
+            "convert",
+            [
+                "usage: lightning-ted convert",
+                "--max-shard-size",
+                "--weights-only",
+                "Leave out the states",
+                "source out",
+            ],
+        ),
+        ("inspect", ["usage: lightning-ted inspect", "--verify", "List every tensor"]),
+    ],
+)
+def test_help_of_a_command_comes_from_its_docstring(
+    run: Callable[..., None], capsys: pytest.CaptureFixture[str], command: str, texts: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        run(command, "--help")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in texts)
+
+
+def test_a_checkpoint_is_converted_and_inspected(
+    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = write_directory(tmp_path / "run"), tmp_path / "out.ckpt"
+    run("convert", str(folder), str(out), "--dtype=bf16", "--weights-only", "--max-shard-size", "1GB")
+    assert "has been written: one file" in capsys.readouterr().out
+    run("inspect", "--json", "--tensors", str(out))
+    told = json.loads(capsys.readouterr().out)
+    assert {tensor["dtype"] for tensor in told["tensors"]} == {"bfloat16", "int64"}
+    with pytest.raises(SystemExit, match="lightning-ted: error: .* exists"):
+        run("convert", str(folder), str(out))
+    run("convert", str(folder), str(out), "--overwrite", "--to=directory")
+    assert (out / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_ends_inspect_with_status_one(tmp_path: Path) -> None:
+    folder = write_directory(tmp_path / "run")
+    (folder / "state.pt").write_bytes(b"else")
+    command = [sys.executable, "-m", "lightning_ted", "inspect", str(folder), "--verify"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lightning-ted: error: ") and "state.pt' has 4 bytes instead of" in done.stderr
+
+
+def test_a_misspelled_argument_is_refused(run: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("convert", "a", "b", "--dtype=fp16")
+    assert "fp16" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def _fit(model: L.LightningModule, **sizes: Any) -> None:
         enable_model_summary=False,
         strategy=TEDStrategy(**sizes),
     )
-    run.strategy.launcher._check(model)  # type: ignore[union-attr]
+    run.strategy.launcher._check(model, ())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

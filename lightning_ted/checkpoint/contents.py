@@ -10,7 +10,6 @@ import io
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ted.checkpoint.portions import Portion, Portions, shared_out
+from lightning_ted.checkpoint.scratch import pageable_or_pinned, starts_of
 from lightning_ted.checkpoint.tree import Names
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
@@ -30,9 +30,6 @@ OWN = "lightning_ted"
 
 #: In plain data, what stands for the tensor of that name in ``extra/`` that lies as a parameter of that name does.
 _STANDS_FOR, _PARAMETER = "lightning_ted.tensor", "parameter"
-
-#: In bytes, of tensors in one memory.
-_ALIGNMENT = 64
 
 #: Gives the masters of a tensor that is a working weight, else None.
 MastersOf = Callable[[Tensor], "Ranges | None"]
@@ -87,10 +84,11 @@ class Contents:
 
         """
         found = [tensor for portion in self._portions() for tensor in portion.tensors]
-        starts = [0, *accumulate(-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in found)]
+        starts = starts_of(tensor.nbytes for tensor in found)
         on_cuda = any(tensor.is_cuda for tensor in found)
         if room is None or room.numel() < starts[-1]:
-            room = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=on_cuda)
+            room = None  # two would be too much
+            room = pageable_or_pinned(starts[-1], on_cuda)
         copies = iter(
             room[start : start + tensor.nbytes]
             .view(tensor.dtype)
@@ -264,9 +262,14 @@ def collect_rest(
 ) -> dict[str, Any]:
     """The rest of a checkpoint as plain data; tensors of the shape of this rank's part of a parameter are collected."""
 
+    taken: set[str] = set()
+
     def visit(path: str, tensor: Tensor, layout: ParamLayout) -> Any:
         if tuple(tensor.shape) != layout.local_shape:
             return tensor
+        while path in taken:  # keys with dots in them can look like several keys
+            path += "'"
+        taken.add(path)
         collector.add(EXTRA, path, tensor, layout, masters_of(tensor))
         return {_STANDS_FOR: path, _PARAMETER: layout.name}
 

@@ -2,16 +2,23 @@
 
 It is written under a hidden name beside its place, with a manifest of every file's length and checksum, and then renamed; what was
 there before is removed after that. So a process that is killed at any moment leaves the old one, the new one, or both.
+
+Note [Hidden names]
+A hidden name says what it stands for, and is of this package alone, as others keep hidden files, too. It does not contain the name
+that it hides: whoever looks for a name that contains ``hpc_ckpt_`` does not find what has not been completed. What is being written
+has a new name each time: a client of a network file system may for a while take a name for what was renamed since.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import json
 import os
 import re
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from lightning_ted.checkpoint.writer import FileSum
 from lightning_ted.errors import CheckpointError
@@ -26,8 +34,8 @@ from lightning_ted.errors import CheckpointError
 MANIFEST = "manifest.json"
 FORMAT, VERSION = "lightning-ted", 1
 
-#: Hidden names of what is being written, has been replaced or is being removed.
-_INCOMPLETE, _REPLACED, _REMOVED = "incomplete", "replaced", "removed"
+#: Endings of hidden names of what is being written, has been replaced or is being removed.
+_INCOMPLETE, _REPLACED, _REMOVED = "ted_incomplete", "ted_replaced", "ted_removed"
 #: A checkpoint has all of one of these, even if it is damaged; the last one is of other strategies.
 _SIGNS = ({MANIFEST, "state.pt"}, {MANIFEST, "ranks.pt"}, {"state.pt", "ranks.pt"}, {".metadata"})
 #: What a folder of safetensors holds, if it holds nothing else.
@@ -131,15 +139,10 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def sum_of(path: Path) -> FileSum:
-    """Length and checksum of a file."""
-    return path.stat().st_size, _crc(path)
-
-
 # -- beginning, publishing and removing ------------------------------------------------------------------------------------
 
 
-def begin(final: Path) -> Path:
+def begin(final: Path, token: str = "") -> Path:
     """An empty directory to write the checkpoint ``final`` in, on the same file system.
 
     Raises:
@@ -147,12 +150,12 @@ def begin(final: Path) -> Path:
         OSError: If it cannot be made.
 
     """
-    folder = prepare(final)
+    folder = prepare(final, token)
     folder.mkdir()
     return folder
 
 
-def prepare(final: Path) -> Path:
+def prepare(final: Path, token: str = "") -> Path:
     """Where to write the checkpoint ``final``, on the same file system. Nothing is there; what killed runs have left is removed.
 
     Raises:
@@ -163,8 +166,9 @@ def prepare(final: Path) -> Path:
     final.parent.mkdir(parents=True, exist_ok=True)
     require_replaceable(final)
     _clear(final.parent)
-    _remove(incomplete(final))
-    return incomplete(final)
+    for left in final.parent.glob(f"{glob.escape(_hidden_stem(final))}.*{_INCOMPLETE}"):
+        _remove(left)
+    return incomplete(final, token)
 
 
 def require_replaceable(path: Path) -> None:
@@ -184,9 +188,9 @@ def require_replaceable(path: Path) -> None:
         raise CheckpointError(f"'{path}' is neither a file nor a directory; choose another path")
 
 
-def incomplete(final: Path) -> Path:
+def incomplete(final: Path, token: str = "") -> Path:
     """Where :func:`prepare` lets a checkpoint be written."""
-    return _hidden(final, _INCOMPLETE)
+    return _hidden(final, f"{token}.{_INCOMPLETE}" if token else _INCOMPLETE)
 
 
 def publish(written: Path, final: Path) -> None:
@@ -200,7 +204,7 @@ def publish(written: Path, final: Path) -> None:
         _sync_directory(Path(folder))
     if not os.path.lexists(final) or not (written.is_dir() or final.is_dir()):
         os.replace(written, final)
-        _sync_directory(final.parent)
+        _try_to_sync(final.parent)
         return
     old = written
     if not _exchange(written, final):
@@ -212,7 +216,7 @@ def publish(written: Path, final: Path) -> None:
         except OSError:
             os.rename(old, final)
             raise
-    _sync_directory(final.parent)
+    _try_to_sync(final.parent)
     _remove(old)
 
 
@@ -233,19 +237,33 @@ def restored(path: Path) -> Path:
 
 
 def recover(folder: Path) -> None:
-    """Let be seen again what was being replaced when a process was killed; for those who look at what there is in a folder."""
+    """Let be seen again what was being replaced when a process was killed, and let links lead to the newest checkpoint that led to
+    one that was never completed; for those who look at what there is in a folder.
+    """
     for old in folder.glob(f".*.{_REPLACED}"):
         if not os.path.lexists(_shown(old)):
             with suppress(OSError):  # another rank has, or nobody may; `restored` finds it there
                 os.rename(old, _shown(old))
+    for link in folder.iterdir() if folder.is_dir() else ():
+        newest = next(checkpoints_in(folder), None) if link.is_symlink() and not link.exists() else None
+        if newest is not None:
+            with suppress(OSError):
+                again = _hidden(link, _REPLACED)
+                _remove(again)
+                again.symlink_to(newest.name)
+                os.replace(again, link)
 
 
 def _hidden(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}")
+    return path.with_name(f"{_hidden_stem(path)}.{kind}")
+
+
+def _hidden_stem(path: Path) -> str:
+    return "." + path.name.replace("%", "%25").replace("_", "%5F")
 
 
 def _shown(hidden: Path) -> Path:
-    return hidden.with_name(hidden.stem[1:])
+    return hidden.with_name(unquote(hidden.stem[1:]))
 
 
 def _remove(path: Path) -> None:
@@ -276,7 +294,7 @@ def _last_change(folder: Path) -> float:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchange two paths in one instant, where the system can."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if renameat2 is None:
         return False
     here, exchange = -100, 2
@@ -288,7 +306,15 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
+def _try_to_sync(folder: Path) -> None:
+    """What has been renamed is to be seen already; so there is nothing to tell of but that a failing machine may forget it."""
+    with suppress(OSError):
+        _sync_directory(folder)
+
+
 def _sync_directory(folder: Path) -> None:
+    if os.name == "nt":
+        return  # which cannot open one
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,10 +9,11 @@ import pickle
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,25 @@ def agreed(action: Callable[[], T], group: Group) -> T:
     return result  # type: ignore[return-value]
 
 
+def by_first(action: Callable[[], T], group: Group) -> T:
+    """Do something on the first rank of ``group`` alone, and tell all others what it returns. A collective.
+
+    Raises:
+        CheckpointError: On every rank, if it fails.
+
+    """
+    outcome: list[Any] = [None]
+
+    def act() -> None:
+        outcome[0] = action()
+
+    is_first = group is None or dist.get_rank(group) == 0
+    agreed(act if is_first else lambda: None, group)
+    if group is not None:
+        dist.broadcast_object_list(outcome, group=group, group_src=0)
+    return outcome[0]
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------------
 
 
@@ -70,19 +90,19 @@ def write(contents: Contents, final: Path, group: Group) -> None:
         CheckpointError: On every rank, if it could not be written. What was there before is then as it was.
 
     """
-    is_first = group is None or dist.get_rank(group) == 0
-    folder = directory.incomplete(final)
+    token = "" if group is None else by_first(lambda: uuid4().hex[:8], group)
+    folder = directory.incomplete(final, token)
     try:
-        agreed(lambda: directory.begin(final) if is_first else None, group)
+        by_first(lambda: directory.begin(final, token), group)
         sums: dict[str, FileSum] = {}
         for part, portions in contents.tensors.items():
             written = write_portions(folder / part, portions, group)
             sums.update({f"{part}/{name}": found for name, found in written.items()})
         everybodys = _gathered(sums, group)
-        agreed(lambda: _finish(contents, folder, final, everybodys) if is_first else None, group)
+        by_first(lambda: _finish(contents, folder, final, everybodys), group)
     except (CheckpointError, CheckpointException) as error:
         # Gone before anybody goes on.
-        agreed(lambda: shutil.rmtree(folder, ignore_errors=True) if is_first else None, group)
+        by_first(lambda: shutil.rmtree(folder, ignore_errors=True), group)
         raise CheckpointError(
             f"'{final}' could not be written ({reason_of(error)}); nothing has been changed."
         ) from error
@@ -96,7 +116,14 @@ def _finish(contents: Contents, folder: Path, final: Path, sums: dict[str, FileS
             os.fsync(file.fileno())
         sums[name] = len(data), zlib.crc32(data)
         _tell_of_objects(final, data)
-    Manifest(sums, contents.info).write(folder)
+    manifest = Manifest(sums, contents.info)
+    manifest.write(folder)
+    try:
+        manifest.check(folder, contents=False)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"what a rank has written is not to be seen by the first one: {error} All nodes have to share the file system."
+        ) from error
     directory.publish(folder, final)
 
 
@@ -129,8 +156,7 @@ class Saver:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self._thread: ThreadPoolExecutor | None = None
-        self._pending: tuple[Path, Future[None]] | None = None
+        self._pending: Future[None] | None = None
         #: In which the copies are made that are written in the background.
         self._room: Tensor | None = None
 
@@ -152,8 +178,8 @@ class Saver:
             return
         plain = self.group is None or dist.get_rank(self.group) == 0
         contents, self._room = agreed(lambda: contents.stage(self._room, plain), self.group)
-        self._pending = final, self._executor.submit(write, contents, final, self.group)
-        self._pending[1].add_done_callback(_tell)
+        self._pending = self._executor.submit(write, contents, final, self.group)
+        self._pending.add_done_callback(_tell)
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:
@@ -167,15 +193,21 @@ class Saver:
 
         """
         if self._pending is not None:
-            (_, pending), self._pending = self._pending, None
+            pending, self._pending = self._pending, None
             pending.result()
+
+    def settle(self) -> None:
+        """Wait for what is being written, where another error is on its way; if it fails, that has been logged."""
+        if self._pending is not None:
+            wait([self._pending])
+            self._pending = None
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint once what is being written is there; not at all if that fails. By one process alone."""
         if self._pending is None:
             directory.remove(path)
             return
-        pending = self._pending[1]
+        pending = self._pending
 
         def remove() -> None:
             if pending.exception() is None:
@@ -216,16 +248,17 @@ class Source:
     def __init__(self, folder: Path, group: Group, training: bool = True, weights_only: bool = True) -> None:
         self.folder = directory.restored(folder)
         self.group = group
+        self._reads_training = training
         self.manifest = agreed(lambda: Manifest.read(self.folder), group)
-        agreed(lambda: self._check(training), group)
+        agreed(self._check, group)
         self._weights_only = weights_only
         self.state: dict[str, Any] = self._plain(STATE)
 
-    def _check(self, training: bool) -> None:
+    def _check(self) -> None:
         """Compare the files with the manifest: each by one rank."""
         self.manifest.check(self.folder, contents=False)
         sizes = {name: size for name, (size, _) in self.manifest.files.items()}
-        if not training:
+        if not self._reads_training:
             sizes = {name: size for name, size in sizes.items() if not name.startswith(f"{TRAINING}/")}
         world = 1 if self.group is None else dist.get_world_size(self.group)
         rank = 0 if self.group is None else dist.get_rank(self.group)
@@ -244,7 +277,9 @@ class Source:
             ) from error
 
     def _tensors(self, part: str) -> Tensors | None:
-        return Tensors(self.folder / part) if f"{part}/.metadata" in self.manifest.files else None
+        if f"{part}/.metadata" not in self.manifest.files:
+            return None
+        return agreed(lambda: Tensors(self.folder / part), self.group)
 
     @cached_property
     def model(self) -> Tensors | None:
@@ -258,8 +293,8 @@ class Source:
 
     @cached_property
     def training(self) -> Tensors | None:
-        """The optimizers' states; None if there are none."""
-        return self._tensors(TRAINING)
+        """The optimizers' states; None if there are none, or they are not to be read."""
+        return self._tensors(TRAINING) if self._reads_training else None
 
     @cached_property
     def ranks(self) -> Mapping[str, Any]:

@@ -222,8 +222,9 @@ def restore_state(
     if tensors is not None:
         tensors.read(wanted, group)
     tell_of_differences(saved, [names.known(parameter)[0] for parameter in parameters])
-    # What belongs to no parameter.
-    state.update({key: value for key, value in saved["state"].items() if not isinstance(key, str) or key not in names})
+    of_parameters = {name for group in saved["param_groups"] for name in group["params"]}
+    # What belongs to no parameter, neither of now nor of then.
+    state.update({key: value for key, value in saved["state"].items() if key not in of_parameters and key not in names})
     others = {key: value for key, value in saved.items() if key != "class"}
     return {**others, "state": state, "param_groups": numbered(saved["param_groups"], optimizer)}
 

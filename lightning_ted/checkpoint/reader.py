@@ -60,7 +60,7 @@ class Tensors:
         self.folder = folder
         try:
             self._index = _read_index(folder / INDEX)
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError) as error:
+        except Exception as error:  # damage makes an unpickler raise anything
             raise CheckpointError(
                 f"'{folder / INDEX}' cannot be read as the index of a checkpoint ({error or type(error).__name__})."
             ) from error

@@ -1,13 +1,10 @@
 """Every private name of Lightning that this package needs, and what differs between its versions, in one place."""
 
-from inspect import signature
 from pathlib import Path
-from typing import Any
 
-import lightning.pytorch.callbacks as _callbacks
+from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.distributed import (
     _distributed_is_initialized as distributed_is_initialized,
 )
@@ -25,22 +22,21 @@ from lightning.fabric.utilities.seed import (
 )
 from lightning.fabric.utilities.seed import pl_worker_init_function, reset_seed
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies.launchers.subprocess_script import (
     _SubprocessScriptLauncher as SubprocessScriptLauncher,
 )
-from lightning.pytorch.strategies.strategy import Strategy, TBroadcast
+from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-#: Callbacks that copy the model in their ``setup``; Lightning 2.5 has not got all of them.
-AVERAGING_CALLBACKS: tuple[type, ...] = tuple(
-    getattr(_callbacks, name) for name in ("WeightAveraging", "StochasticWeightAveraging") if hasattr(_callbacks, name)
-)
+#: Callbacks that copy the model in their ``setup``.
+AVERAGING_CALLBACKS = (WeightAveraging, StochasticWeightAveraging)
 
 
 def begins_epoch(trainer: Trainer) -> bool:
     """Whether the first thing that a resumed run does is an epoch; else it goes on inside one, or ends one."""
     loop = trainer.fit_loop
-    if not getattr(loop, "restarted_mid_epoch", False):
+    if not loop.restarted_mid_epoch:
         return True
     # Behind the last batch, before the evaluation: Lightning takes the epoch for ended.
     return loop.epoch_loop.batch_progress.is_last_batch and loop.epoch_loop.restarted_on_train_batch_end
@@ -48,20 +44,15 @@ def begins_epoch(trainer: Trainer) -> bool:
 
 def checkpoint_folders(trainer: Trainer) -> list[Path]:
     """Where ``ckpt_path="last"`` is looked for."""
-    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, _callbacks.ModelCheckpoint)]
-    folders = [str(saver._ModelCheckpoint__resolve_ckpt_dir(trainer)) for saver in savers]  # type: ignore[attr-defined]
-    return [Path(folder) for folder in folders if is_local(get_filesystem(folder))]
+    savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    folders = (local_path(saver._ModelCheckpoint__resolve_ckpt_dir(trainer)) for saver in savers)  # type: ignore[attr-defined]
+    return [folder for folder in folders if folder is not None]
 
 
-def is_local(filesystem: Any) -> bool:
-    """Whether a file system of fsspec's is the machine's own."""
-    return isinstance(filesystem, LocalFileSystem)
-
-
-def reading_options(weights_only: bool | None) -> dict[str, Any]:
-    """What ``Strategy.load_checkpoint`` is given besides the path; before Lightning 2.6 it took nothing."""
-    known = "weights_only" in signature(Strategy.load_checkpoint).parameters
-    return {"weights_only": weights_only} if known else {}
+def local_path(path: object) -> Path | None:
+    """A path of the machine's own file systems as such; None if it is one of an object store or the like."""
+    filesystem, stripped = url_to_fs(str(path))
+    return Path(stripped) if isinstance(filesystem, LocalFileSystem) else None
 
 
 __all__ = [
@@ -75,10 +66,9 @@ __all__ = [
     "default_pg_timeout",
     "distributed_is_initialized",
     "init_dist_connection",
-    "is_local",
     "is_overridden",
+    "local_path",
     "pl_worker_init_function",
-    "reading_options",
     "reset_seed",
     "set_rng_states",
 ]

@@ -31,16 +31,19 @@ def seed_workers(dataloader: object, data_rank: int) -> object:
     return dataloader
 
 
-def with_own_generator(dataloader: object, seed: int) -> object:
+def with_own_generator(dataloader: object, seed: int) -> torch.Generator | None:
     """Let a loader of an evaluation draw the seed of its workers, and its order, from another generator than training does.
 
-    A generator of the user's is left alone.
+    Returns:
+        The generator; None if it has one of the user's, which is left alone, or needs none.
+
     """
-    if isinstance(dataloader, DataLoader) and dataloader.generator is None:
-        dataloader.generator = torch.Generator().manual_seed(seed)
-        if getattr(dataloader.sampler, "generator", dataloader) is None:
-            dataloader.sampler.generator = dataloader.generator  # type: ignore[attr-defined]
-    return dataloader
+    if not isinstance(dataloader, DataLoader) or dataloader.generator is not None:
+        return None
+    dataloader.generator = torch.Generator().manual_seed(seed)
+    if getattr(dataloader.sampler, "generator", dataloader) is None:
+        dataloader.sampler.generator = dataloader.generator  # type: ignore[attr-defined]
+    return dataloader.generator
 
 
 def equalize_random_state(tensor_axis: Axis, device: torch.device) -> None:

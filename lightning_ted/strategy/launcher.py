@@ -21,8 +21,8 @@ class CheckingLauncher(SubprocessScriptLauncher):
         cluster_environment: Where ranks and addresses come from.
         num_processes: Processes on this node.
         num_nodes: Number of nodes.
-        check: Called with the LightningModule that is about to run (``None`` if unknown) the ``Trainer`` and all that its method
-            was called with; raises if the sizes do not fit.
+        check: Called with the LightningModule that is about to run (``None`` if unknown), and with the ``Trainer`` and all that
+            its method was called with; raises if the sizes do not fit.
 
     """
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -26,7 +25,7 @@ from lightning_ted.checkpoint.contents import (
     restore_rest,
     restore_state_dict,
 )
-from lightning_ted.checkpoint.distributed import Source, agreed
+from lightning_ted.checkpoint.distributed import Source, agreed, by_first
 from lightning_ted.checkpoint.numbering import numbers_of, own_names, renumbered
 from lightning_ted.checkpoint.optimizer_state import restore_state
 from lightning_ted.checkpoint.portions import Portion, Portions
@@ -86,13 +85,17 @@ class LoadingStrategy(SavingStrategy):
         """
         self._saver_now().wait()
         path = self.broadcast(checkpoint_path)
-        if not _compat.is_local(get_filesystem(path)) or type(self.checkpoint_io) is not TorchCheckpointIO:
-            with reading(path):
-                return self._cut(super().load_checkpoint(path, **_compat.reading_options(weights_only)))
-        opened = (self._open_newest if self._wants_last else self._open)(Path(path), weights_only)
+        local, group = _compat.local_path(path), self.mesh.host_group()
+        if local is None or type(self.checkpoint_io) is not TorchCheckpointIO:
+            return self._cut(agreed(lambda: self._read_elsewhere(path, weights_only), group))
+        opened = (self._open_newest if self._wants_last else self._open)(local, weights_only)
         if isinstance(opened, Source):
             return self._load_directory(opened)
-        return self._cut(read_file(opened, weights_only))
+        return self._cut(agreed(lambda: read_file(opened, weights_only), group))
+
+    def _read_elsewhere(self, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
+        with reading(path):
+            return super().load_checkpoint(path, weights_only)
 
     def _open_newest(self, path: Path, weights_only: bool | None) -> Source | Path:
         """``path``, or the newest whole checkpoint beside it if it is not whole."""
@@ -115,7 +118,7 @@ class LoadingStrategy(SavingStrategy):
         agreed(lambda: _require_existence(path), group)
         if directory.restored(path).is_dir():
             return Source(path, group, self._is_fitting(), weights_only is not False)
-        agreed(lambda: check_file(path, weights_only) if self.is_global_zero else None, group)
+        by_first(lambda: check_file(path, weights_only), group)
         return path
 
     def _cut(self, checkpoint: dict[str, Any]) -> dict[str, Any]:

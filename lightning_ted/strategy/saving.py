@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import lightning
 import torch
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ted.checkpoint import directory
 from lightning_ted.checkpoint.contents import (
     OPTIMIZER_STATES,
     OWN,
@@ -25,7 +27,7 @@ from lightning_ted.checkpoint.contents import (
     collect_rest,
     collect_state_dict,
 )
-from lightning_ted.checkpoint.distributed import Saver, agreed
+from lightning_ted.checkpoint.distributed import Saver, by_first
 from lightning_ted.checkpoint.optimizer_state import collect_state
 from lightning_ted.checkpoint.single_file import SingleFile, write_file
 from lightning_ted.checkpoint.tree import Names, require_same
@@ -46,6 +48,8 @@ class SavingStrategy(SteppingStrategy):
         self._saver: Saver | None = None
         #: The random states of training, while an evaluation draws from the generators.
         self._set_aside: dict[str, Any] | None = None
+        #: Those from which loaders of evaluations draw.
+        self._lent: WeakSet[torch.Generator] = WeakSet()
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -63,15 +67,26 @@ class SavingStrategy(SteppingStrategy):
 
         """
         path = self.broadcast(filepath)
+        local = _compat.local_path(path)
         self._saver_now().wait()
         if self._training is not None:
             self._training.wait_for_weights()
             self._training.update_masters()
         if self._save_distributed:
-            self._refuse_elsewhere(path, storage_options)
-            self._saver_now().save(self._contents(checkpoint), Path(path), self._async_save)
+            if local is None or storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
+                raise self._refusal(path, local, storage_options)
+            self._saver_now().save(self._contents(checkpoint), local, self._goes_on(local))
         else:
-            self._save_file(checkpoint, path, storage_options)
+            self._save_file(checkpoint, path, local, storage_options)
+
+    def _goes_on(self, path: Path) -> bool:
+        """Whether training goes on while a checkpoint is written. Not if this process may end as soon as there is one."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.trainer.state
+        is_for_requeueing = path.name.startswith("hpc_ckpt")
+        return (
+            self._async_save and state.status == TrainerStatus.RUNNING and self._is_fitting() and not is_for_requeueing
+        )
 
     def _saver_now(self) -> Saver:
         group = self.mesh.host_group()
@@ -84,18 +99,17 @@ class SavingStrategy(SteppingStrategy):
         assert self.lightning_module is not None
         return Names(self.lightning_module, self._layouts)
 
-    def _refuse_elsewhere(self, path: _PATH, storage_options: Any | None) -> None:
-        if storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
-            raise UnsupportedError(
-                "`TEDStrategy(save_distributed_checkpoint=True)` writes directories by itself, and can follow neither "
-                f"`storage_options={storage_options!r}` nor `{type(self.checkpoint_io).__name__}`. Leave them out, or set "
-                "`save_distributed_checkpoint=False`."
-            )
-        if not _compat.is_local(get_filesystem(path)):
-            raise UnsupportedError(
+    def _refusal(self, path: _PATH, local: Path | None, storage_options: Any | None) -> UnsupportedError:
+        if local is None:
+            return UnsupportedError(
                 f"'{path}' is no path of a local or shared file system, to which `save_distributed_checkpoint=True` writes. Choose "
                 "another one, or set `save_distributed_checkpoint=False`."
             )
+        return UnsupportedError(
+            "`TEDStrategy(save_distributed_checkpoint=True)` writes directories by itself, and can follow neither "
+            f"`storage_options={storage_options!r}` nor `{type(self.checkpoint_io).__name__}`. Leave them out, or set "
+            "`save_distributed_checkpoint=False`."
+        )
 
     def _contents(self, checkpoint: dict[str, Any]) -> Contents:
         names, group = self._names(), self.mesh.host_group()
@@ -142,23 +156,23 @@ class SavingStrategy(SteppingStrategy):
             "versions": {"torch": str(torch.__version__), "lightning": lightning.__version__},
         }
 
-    def _save_file(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None) -> None:
+    def _save_file(
+        self, checkpoint: dict[str, Any], path: _PATH, local: Path | None, storage_options: Any | None
+    ) -> None:
         group = self.mesh.host_group()
-        is_plain = type(self.checkpoint_io) is TorchCheckpointIO and _compat.is_local(get_filesystem(path))
-        folder = Path(path).absolute().parent if is_plain else None
+        plain = local if type(self.checkpoint_io) is TorchCheckpointIO and storage_options is None else None
+        folder = plain.parent if plain is not None else None
         if "loops" in checkpoint:
             ranks = self._states_of_ranks(checkpoint)
             checkpoint[OWN] = {**ranks, "info": self._info(checkpoint), "optimizers": self._numbering(checkpoint)}
         masters = {"master_of": self._training.find_masters()} if self._training is not None else {}
         file = SingleFile(self._names(), self.mesh, self.root_device, folder)
+        write = partial(super().save_checkpoint, storage_options=storage_options)
         try:
             if folder is not None:
-                agreed(lambda: folder.mkdir(parents=True, exist_ok=True) if self.is_global_zero else None, group)
+                by_first(lambda: folder.mkdir(parents=True, exist_ok=True), group)
             full = file.joined(checkpoint, self.optimizers, self.is_global_zero, **masters)
-            if is_plain and storage_options is None:
-                agreed(lambda: write_file(full, Path(path)) if self.is_global_zero else None, group)
-            else:
-                super().save_checkpoint(full, path, storage_options)
+            by_first(lambda: write(full, path) if plain is None else write_file(full, plain), group)
         except CheckpointError as error:
             raise CheckpointError(f"'{path}' could not be written ({error}); nothing has been changed.") from error
 
@@ -177,17 +191,38 @@ class SavingStrategy(SteppingStrategy):
 
     @override
     def remove_checkpoint(self, filepath: _PATH) -> None:
-        if not _compat.is_local(get_filesystem(filepath)) or type(self.checkpoint_io) is not TorchCheckpointIO:
+        path = _compat.local_path(filepath)
+        if path is None or type(self.checkpoint_io) is not TorchCheckpointIO:
             super().remove_checkpoint(filepath)
         elif self.is_global_zero:
-            self._saver_now().remove(Path(filepath))
+            # Without asking for a saver: to make one is a collective, and this is called on one rank.
+            remove = directory.remove if self._saver is None else self._saver.remove
+            remove(path)
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._set_aside = None  # of an evaluation that an exception has ended
 
     @override
     def on_train_end(self) -> None:
         super().on_train_end()
-        self._saver_now().wait()
+        if self._saver is not None:
+            self._saver.wait()
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        # The process, or its peers, may be ended as soon as this returns.
+        if self._saver is not None:
+            self._saver.settle()
 
     # -- evaluations between steps -------------------------------------------------------------------------------------
+
+    def _lend_generator(self, dataloader: object) -> None:
+        generator = data.with_own_generator(dataloader, self.data_parallel_rank)
+        if generator is not None:
+            self._lent.add(generator)
 
     @override
     def on_validation_start(self) -> None:
@@ -199,6 +234,9 @@ class SavingStrategy(SteppingStrategy):
     @override
     def on_validation_end(self) -> None:
         super().on_validation_end()
+        for generator in self._lent:
+            # Every evaluation draws the same numbers, so also the first one of a run that goes on.
+            generator.manual_seed(generator.initial_seed())
         if self._set_aside is not None:
             data.restore_random_state(self._set_aside, self.root_device)
             self._set_aside = None

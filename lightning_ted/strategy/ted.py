@@ -296,7 +296,7 @@ class TEDStrategy(LoadingStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         if self._is_fitting() and self._stage() != RunningStage.TRAINING:
-            dataloader = data.with_own_generator(dataloader, self.data_parallel_rank)
+            self._lend_generator(dataloader)
         return data.seed_workers(dataloader, self.data_parallel_rank)
 
     @override
@@ -328,6 +328,7 @@ class TEDStrategy(LoadingStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
         add_hint(exception)
 
     @override

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import nn
 
 from lightning_ted.errors import CheckpointError
@@ -60,6 +61,7 @@ class _Saver:
 
     def save(self, path: Path | None = None) -> str:
         """Why it fails."""
+        self.run.state.status = TrainerStatus.RUNNING  # else it is written at once
         try:
             self.run.save_checkpoint(path or self.path)
             self.run.strategy._saver_now().wait()

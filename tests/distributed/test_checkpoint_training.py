@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import threading
@@ -12,11 +13,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 
 from lightning_ted.checkpoint import distributed
 from lightning_ted.checkpoint.directory import MANIFEST, Manifest
+from lightning_ted.checkpoint.distributed import Source
 from lightning_ted.errors import CheckpointError, UnsupportedError
 from tests.support.pool import Pools
 from tests.support.runs import Toy, assert_close, assert_same_everywhere, loader, trainer, whole_weights
@@ -124,6 +128,13 @@ def test_a_damaged_last_checkpoint_is_passed_over(pools: Pools, tmp_path: Path) 
     assert pools(4).run(_last, str(damaged)) == [(2, "")] * 4
 
 
+def test_a_last_checkpoint_that_was_never_completed_is_passed_over(pools: Pools, tmp_path: Path) -> None:
+    pools(4).run(_save_often, str(tmp_path))
+    shutil.rmtree(tmp_path / "last.ckpt")
+    (tmp_path / "last.ckpt").symlink_to("step=6.ckpt")  # as `save_last="link"` makes it
+    assert pools(4).run(_last, str(tmp_path)) == [(4, "")] * 4
+
+
 def test_without_a_whole_checkpoint_nothing_is_begun_anew(pools: Pools, tmp_path: Path) -> None:
     pools(4).run(_save_often, str(tmp_path))
     for path in tmp_path.iterdir():
@@ -217,7 +228,7 @@ def test_training_goes_on_while_its_past_is_written(pools: Pools, tmp_path: Path
 
 def _fails(folder: str) -> tuple[str, str, list[str]]:
     run = _fit()
-    run.strategy._async_save = True
+    run.strategy._async_save, run.state.status = True, TrainerStatus.RUNNING
     run.save_checkpoint(f"{folder}/good")
     run.strategy._saver.wait()
 
@@ -249,6 +260,59 @@ def test_a_failure_in_the_background_is_raised_by_the_next_save(pools: Pools, tm
         assert names == ["good"]  # what a failed one was to replace is kept
 
 
+class _Ends(Callback):
+    """Saves in the background and ends the run."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
+        raise RuntimeError("ended")
+
+
+def _at_once(folder: str) -> tuple[bool, ...]:
+    with contextlib.suppress(RuntimeError):
+        _fit(background=True, callbacks=[_Ends(f"{folder}/ended")])
+    ended = os.path.exists(f"{folder}/ended")  # before anybody ends the process
+    run = _fit(background=True)
+    run.save_checkpoint(f"{folder}/behind")
+    behind = run.strategy._saver._pending is None and os.path.exists(f"{folder}/behind")
+    run.state.status = TrainerStatus.RUNNING
+    run.save_checkpoint(f"{folder}/hpc_ckpt_1.ckpt")
+    return ended, behind, run.strategy._saver._pending is None
+
+
+def test_what_may_be_the_last_thing_that_a_process_does_is_not_done_in_the_background(
+    pools: Pools, tmp_path: Path
+) -> None:
+    assert pools(2).run(_at_once, str(tmp_path)) == [(True, True, True)] * 2
+
+
+def _tested_only(folder: str) -> int:
+    run = trainer("tp2", callbacks=[OnExceptionCheckpoint(folder)], enable_checkpointing=True)
+    run.test(Toy(), loader(), verbose=False)  # it removes a checkpoint on the first rank
+    dist.all_reduce(count := torch.ones(()))
+    return int(count)
+
+
+def test_removing_a_checkpoint_waits_for_nobody(pools: Pools, tmp_path: Path) -> None:
+    assert pools(2).run(_tested_only, str(tmp_path)) == [2, 2]
+
+
+def _at_home(folder: str) -> tuple[bool, int]:
+    os.environ["HOME"] = folder
+    run = _fit(max_epochs=1)
+    run.save_checkpoint("~/x.ckpt")
+    again = trainer(LAYOUT, max_epochs=2)
+    again.fit(Toy(), loader(), ckpt_path=f"file://{folder}/x.ckpt")
+    return os.path.isdir(f"{folder}/x.ckpt"), again.global_step - run.global_step
+
+
+def test_paths_are_taken_as_under_other_strategies(pools: Pools, tmp_path: Path) -> None:
+    assert pools(4).run(_at_home, str(tmp_path)) == [(True, 4)] * 4
+
+
 # -- other models ----------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +328,10 @@ class _Grown(Toy):
 
     def _loss(self, batch: Any) -> Tensor:
         return self.extra(super()._loss(batch).view(1)).square().sum()
+
+
+class _Shrunk(Toy):
+    strict_loading = False
 
 
 class _Strict(_Grown):
@@ -290,6 +358,12 @@ def _changed(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]
     told = any("steps other parameters: 2 are new, such as 'extra.bias'" in str(warning.message) for warning in caught)
     assert told == grown.is_global_zero
     frozen = {name: w for name, w in whole_weights(grown).items() if "head" in name}
+    grown.save_checkpoint(f"{path} grown")
+    shrunk = trainer(LAYOUT, max_epochs=4, limit_train_batches=1)
+    shrunk.fit(_Shrunk(), loader(), ckpt_path=f"{path} grown")
+    shrunk.save_checkpoint(f"{path} shrunk")
+    stepped = Source(Path(f"{path} shrunk"), shrunk.strategy.mesh.host_group()).state["optimizer_states"][0]["state"]
+    assert stepped.keys() == dict(shrunk.lightning_module.named_parameters()).keys()
     for kind, form in ((_Strict, path), (_Wider, path), (_Wider, f"{path} file")):
         try:
             _fit(form, kind())

@@ -135,6 +135,38 @@ def test_a_run_goes_on_at_every_border_with_the_same_bits(
     assert_same_everywhere([whole for whole, _ in results])
 
 
+class _Order(Callback):
+    """Notes the samples of evaluations in order, and saves behind the first epoch."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.seen: list[int] = []
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        if not trainer.sanity_checking:
+            self.seen += batch[2].tolist()
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(f"{self.folder}/x")
+
+
+def _orders_of_evaluations(folder: str) -> list[list[int]]:
+    found = []
+    for path in (None, f"{folder}/x"):
+        notes = _Order(folder)
+        run = trainer("tp2", max_epochs=2, use_distributed_sampler=False, callbacks=[notes])
+        run.fit(Toy(), DataLoader(Numbered(4)), DataLoader(Numbered(8), shuffle=True), ckpt_path=path)
+        found.append(notes.seen)
+    return found
+
+
+def test_evaluations_draw_the_same_numbers_in_a_run_that_goes_on(pools: Pools, tmp_path: Path) -> None:
+    for whole, resumed in pools(2).run(_orders_of_evaluations, str(tmp_path)):
+        assert len(whole) == 16 and sorted(whole[:8]) == list(range(8)) != whole[:8]
+        assert whole[8:] == resumed == whole[:8]
+
+
 def _in_another_layout(folder: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     saves = Saves(folder)
     whole = whole_weights(_fit("tp2", True, None, callbacks=[saves]))

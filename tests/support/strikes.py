@@ -25,7 +25,6 @@ _CALLS: dict[str, Any] = {
     "publish": directory,
     "_exchange": directory,
     "remove": directory,
-    "sum_of": directory,
     "rename": os,
     "unlink": os,
     "rmdir": os,

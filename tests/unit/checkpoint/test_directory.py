@@ -1,7 +1,9 @@
 import contextlib
+import errno
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ def _written(final: Path, text: str = "content") -> Manifest:
     (folder / "part").mkdir()
     (folder / "part" / "data").write_text(text)
     (folder / "state.pt").touch()
-    manifest = Manifest({"part/data": directory.sum_of(folder / "part" / "data")}, {"global_step": 3})
+    manifest = Manifest({"part/data": (len(text), zlib.crc32(text.encode()))}, {"global_step": 3})
     manifest.write(folder)
     directory.publish(folder, final)
     return manifest
@@ -78,7 +80,7 @@ def test_removing_hides_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     _written(final)
     monkeypatch.setattr(directory.shutil, "rmtree", lambda *_, **__: None)  # killed here
     directory.remove(final)
-    assert _names(tmp_path) == [".x.ckpt.removed"]
+    assert _names(tmp_path) == [".x.ckpt.ted_removed"]
     monkeypatch.undo()
     _written(final)
     assert _names(tmp_path) == ["x.ckpt"]
@@ -92,7 +94,7 @@ def test_what_killed_runs_have_left_is_removed_later(tmp_path: Path) -> None:
         for path in (folder / "data", folder):
             os.utime(path, (time.time() - age,) * 2)
     _written(tmp_path / "other")
-    assert _names(tmp_path) == [".new.incomplete", "other"]
+    assert _names(tmp_path) == [".new.ted_incomplete", "other"]
 
 
 def _truncate(path: Path) -> None:
@@ -181,3 +183,45 @@ def test_checkpoints_are_listed_the_newest_first(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     assert [path.name for path in directory.checkpoints_in(tmp_path)] == ["a", "b", "c.ckpt"]
     assert list(directory.checkpoints_in(tmp_path / "missing")) == []
+
+
+def test_hidden_names_are_taken_for_no_checkpoint_by_those_who_look_for_a_part_of_the_name(tmp_path: Path) -> None:
+    final = tmp_path / "hpc_ckpt_2 100%.ckpt"
+    folder = directory.begin(final, "token")
+    assert "hpc_ckpt_" not in folder.name and "token" in folder.name
+    assert directory._shown(directory._hidden(final, "ted_replaced")) == final
+    directory.begin(final, "other")
+    assert not folder.exists()  # of a run that was killed
+
+
+def test_only_hidden_names_of_this_package_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".theirs.removed").mkdir()
+    (tmp_path / ".ours.ted_removed").mkdir()
+    _written(tmp_path / "x")
+    assert _names(tmp_path) == [".theirs.removed", "x"]
+
+
+def test_links_that_lead_nowhere_lead_to_the_newest_checkpoint_again(tmp_path: Path) -> None:
+    for age, name in enumerate(("new", "old")):
+        _written(tmp_path / name)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    (tmp_path / "last.ckpt").symlink_to("never completed")
+    (tmp_path / "fine.ckpt").symlink_to("old")
+    directory.recover(tmp_path)
+    assert os.readlink(tmp_path / "last.ckpt") == "new" and os.readlink(tmp_path / "fine.ckpt") == "old"
+    assert _names(tmp_path) == ["fine.ckpt", "last.ckpt", "new", "old"]
+
+
+def test_what_is_to_be_seen_is_told_to_be_written_even_if_that_may_be_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def fails(handle: int) -> None:
+        if (tmp_path / "x.ckpt").exists():
+            raise OSError(errno.EIO, "Input/output error")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    _written(tmp_path / "x.ckpt")
+    assert _names(tmp_path) == ["x.ckpt"]

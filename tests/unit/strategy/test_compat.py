@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 from pathlib import Path
-
-import lightning.pytorch
-import lightning.pytorch.strategies.strategy
-import pytest
 
 import lightning_ted
 from lightning_ted.strategy import _compat
@@ -31,17 +26,3 @@ def test_private_names_of_lightning_are_imported_in_one_file_only() -> None:
                 if private and file.name != "_compat.py":
                     found.append(f"{file.relative_to(PACKAGE)}: {', '.join(private)}")
     assert not found
-
-
-def test_an_older_lightning_without_some_names_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_checkpoint(self: object, checkpoint_path: str) -> None:
-        """As in Lightning 2.5."""
-
-    assert _compat.reading_options(True) == {"weights_only": True}
-    monkeypatch.delattr(lightning.pytorch.callbacks, "WeightAveraging")
-    monkeypatch.setattr(lightning.pytorch.strategies.strategy.Strategy, "load_checkpoint", load_checkpoint)
-    spec = importlib.util.spec_from_file_location("older_compat", _compat.__file__)
-    assert spec is not None and spec.loader is not None
-    spec.loader.exec_module(older := importlib.util.module_from_spec(spec))
-    assert older.reading_options(True) == {}
-    assert (lightning.pytorch.callbacks.StochasticWeightAveraging,) == older.AVERAGING_CALLBACKS

@@ -14,9 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from lightning_ted.collectives.tensor import to_autocast
 from lightning_ted.errors import TEDError
+from lightning_ted.layout import Cut
 from lightning_ted.mesh import SINGLE, Axis
 from lightning_ted.moe.activations import ACTIVATIONS, Activation, ActivationName, activate
 from lightning_ted.moe.routing import read_sizes
+from lightning_ted.topology import Topology
 
 
 class Experts(nn.Module):
@@ -91,6 +93,20 @@ class Experts(nn.Module):
         hidden_NH = groups.bias(groups.linear(rows_ND, up), up_bias)
         out_ND = groups.activated_linear(hidden_NH, ACTIVATIONS[self.activation], self.down_proj, is_read)
         return groups.bias(out_ND, self.down_proj_bias, self.tensor_axis)
+
+    def cuts(self, topology: Topology) -> dict[str, tuple[Cut, ...]]:
+        """How the weights are to be cut, by name."""
+        over = Cut(0, "expert", topology.expert, (self.num_experts,))
+        blocks = (self.d_ff,) * ACTIVATIONS[self.activation].widening
+        degree = topology.expert_tensor
+        cuts = {
+            self.up_name: (over, Cut(1, "expert_tensor", degree, blocks)),
+            f"{self.up_name}_bias": (over, Cut(1, "expert_tensor", degree, blocks)),
+            "down_proj": (over, Cut(2, "expert_tensor", degree, (self.d_ff,))),
+            # Cut over its features, not kept whole: added once however many shards there are.
+            "down_proj_bias": (over, Cut(1, "expert_tensor", degree, (self.d_model,))),
+        }
+        return {name: cut for name, cut in cuts.items() if getattr(self, name) is not None}
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, d_model={self.d_model}, d_ff={self.d_ff}, activation={self.activation}"

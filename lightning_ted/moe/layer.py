@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lightning_ted.collectives.phase import in_backward
 from lightning_ted.collectives.tape import after_recomputation
 from lightning_ted.collectives.tensor import to_autocast
 from lightning_ted.collectives.tokens import drop, restore
 from lightning_ted.errors import TEDError
+from lightning_ted.layout import Cut
 from lightning_ted.mesh import SINGLE
 from lightning_ted.moe.activations import ActivationName
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.capacity import limit_to_capacity
 from lightning_ted.moe.dispatch import Dispatcher, make_dispatcher
+from lightning_ted.moe.expert_parallel import ExpertParallelLayer
 from lightning_ted.moe.experts import Experts
 from lightning_ted.moe.router import TopKRouter
 from lightning_ted.moe.routing import Routing, count_experts, keep_choice
 from lightning_ted.moe.statistics import RoutingStatistics
+from lightning_ted.tensor_parallel.randomness import RandomStream
+from lightning_ted.topology import Topology
 
 
-class MoE(nn.Module):
+class MoE(nn.Module, ExpertParallelLayer):
     """A drop-in replacement of a feed-forward network: ``[..., d_model] -> [..., d_model]``.
 
     Runs whole on one device, and under tensor, expert and expert-tensor parallelism once a strategy has cut it.
@@ -100,15 +106,41 @@ class MoE(nn.Module):
         self._dispatcher: tuple[MoEAxes | None, Dispatcher] | None = None
 
     @property
+    @override
     def statistics(self) -> RoutingStatistics | None:
         """What the last forward saw on this rank; inside a block that is being recomputed, what it sees there."""
         return self._recomputed if self._recomputed is not None and in_backward() else self._statistics
 
+    @override
     def end_step(self) -> None:
-        """To be called when losses have been computed: lets go of the last forward's graph, and keeps its numbers."""
         self._recomputed = None
         if self._statistics is not None:
             self._statistics = self._statistics.finished()
+
+    @override
+    def place(self, axes: MoEAxes) -> None:
+        if axes.tokens_are_split and type(self.router) is not TopKRouter and self.axes is None:
+            # A router that draws noise draws it for tokens that no other rank has.
+            RandomStream.of_rank(axes.tensor).surround(self.router)
+        self.axes = axes
+        self.experts.tensor_axis = axes.expert_tensor
+
+    @override
+    def expert_cuts(self, topology: Topology) -> dict[str, tuple[Cut, ...]]:
+        return {f"experts.{name}": cuts for name, cuts in self.experts.cuts(topology).items()}
+
+    @override
+    def widths(self) -> tuple[int, ...]:
+        experts = self.experts
+        return (experts.d_ff,) if experts.down_proj_bias is None else (experts.d_ff, experts.d_model)
+
+    @override
+    def partial_names(self) -> Iterable[str]:
+        return ("router",) if self.axes is not None and self.axes.tokens_are_split else ()
+
+    @override
+    def shared_expert_names(self) -> Iterable[str]:
+        return ("shared_expert",)
 
     @torch.compiler.disable(
         reason="a MoE layer reads on the host how many rows go where; compile its `experts` instead"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import ParamLayout
-from lightning_ted.moe.layer import moe_layers
+from lightning_ted.moe.expert_parallel import expert_parallel_layers
 from lightning_ted.optim.probe import update_kind
 from lightning_ted.strategy._compat import AVERAGING_CALLBACKS, is_overridden
 from lightning_ted.strategy.partition import PartitionOptions
@@ -63,7 +63,7 @@ def refuse_idle_sizes(
         PlanError: For a tensor-parallel size without a plan and a MoE layer.
 
     """
-    name, layers = type(module).__name__, moe_layers(module)
+    name, layers = type(module).__name__, expert_parallel_layers(module)
     for argument, size in (("expert_parallel_size", topology.expert), ("expert_tensor_parallel_size", expert_tensor)):
         if size is not None and size > 1 and not layers:
             raise LayoutError(

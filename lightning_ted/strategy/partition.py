@@ -25,14 +25,11 @@ from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import Cut, Family, ParamLayout
 from lightning_ted.mesh import SINGLE, TEDMesh
 from lightning_ted.moe.axes import MoEAxes
-from lightning_ted.moe.experts import Experts
-from lightning_ted.moe.layer import moe_layers
-from lightning_ted.moe.router import TopKRouter
+from lightning_ted.moe.expert_parallel import expert_parallel_layers
 from lightning_ted.strategy.materialise import common_seed, materialise, own_tensors
 from lightning_ted.strategy.sizes import module_styles
 from lightning_ted.tensor_parallel.apply import PlanResult, apply_plan, install_sequences
 from lightning_ted.tensor_parallel.linear import ShardedRegion
-from lightning_ted.tensor_parallel.randomness import RandomStream
 from lightning_ted.tensor_parallel.sequence import SequenceRegion
 from lightning_ted.topology import Topology
 
@@ -263,11 +260,13 @@ def _mark_experts(
 ) -> dict[str, tuple[Cut, ...]]:
     """Give the MoE layers their axes; returns the cuts of their experts."""
     cuts: dict[str, tuple[Cut, ...]] = {}
-    layers = moe_layers(module)
+    layers = expert_parallel_layers(module)
     nodes = mesh.node_axes("expert") if layers and options.dispatcher == "hierarchical" else (SINGLE, SINGLE)
     for name, layer in layers.items():
-        if layer.axes is None:
-            layer.axes = MoEAxes(
+        axes = layer.axes
+        if axes is None:
+            cuts |= {_join(name, leaf): cut for leaf, cut in layer.expert_cuts(mesh.topology).items()}
+            axes = MoEAxes(
                 world=mesh.axis("world"),
                 data=mesh.axis("data"),
                 tensor=mesh.axis("tensor"),
@@ -276,32 +275,12 @@ def _mark_experts(
                 drop_duplicates=options.duplicate_token_dropping,
                 sequence=next((region for region in record.sequences.values() if region.contains(name)), None),
             )
-            if layer.axes.tokens_are_split:
-                every_name = (n for n, other in module.named_modules(remove_duplicate=False) if other is layer)
-                record.partial |= {_join(n, "router") for n in every_name}
-                if type(layer.router) is not TopKRouter:
-                    # A router that draws noise draws it for tokens that no other rank has.
-                    RandomStream.of_rank(layer.axes.tensor).surround(layer.router)
-        layer.axes = layer.axes.sending(*nodes, options.dispatcher, options.overlap_chunks)
-        if layer.experts.tensor_axis is not layer.axes.expert_tensor:
-            layer.experts.tensor_axis = layer.axes.expert_tensor
-            cuts.update(_expert_cuts(_join(name, "experts"), layer.experts, mesh.topology))
+        layer.place(axes.sending(*nodes, options.dispatcher, options.overlap_chunks))
+        holder = module.get_submodule(name)
+        for every_name, other in module.named_modules(remove_duplicate=False):
+            if other is holder:
+                record.partial |= {_join(every_name, leaf) for leaf in layer.partial_names()}
     return cuts
-
-
-def _expert_cuts(prefix: str, experts: Experts, topology: Topology) -> dict[str, tuple[Cut, ...]]:
-    count, width, hidden = experts.num_experts, experts.d_model, experts.d_ff
-    over = Cut(0, "expert", topology.expert, (count,))
-    blocks = (hidden, hidden) if experts.activation == "swiglu" else (hidden,)
-    degree = topology.expert_tensor
-    cuts = {
-        experts.up_name: (over, Cut(1, "expert_tensor", degree, blocks)),
-        f"{experts.up_name}_bias": (over, Cut(1, "expert_tensor", degree, blocks)),
-        "down_proj": (over, Cut(2, "expert_tensor", degree, (hidden,))),
-        # Cut over its features, not kept whole: added once however many shards there are.
-        "down_proj_bias": (over, Cut(1, "expert_tensor", degree, (width,))),
-    }
-    return {f"{prefix}.{leaf}": cut for leaf, cut in cuts.items() if getattr(experts, leaf) is not None}
 
 
 def _family(name: str, cuts: tuple[Cut, ...], partial: set[str]) -> Family:

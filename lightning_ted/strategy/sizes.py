@@ -10,10 +10,10 @@ from typing import Literal
 from torch import nn
 
 from lightning_ted.errors import LayoutError, PlanError
-from lightning_ted.moe.layer import MoE, moe_layers
+from lightning_ted.moe.expert_parallel import expert_parallel_layers
 from lightning_ted.tensor_parallel.check import check_plan, head_counts, planned_cuts
 from lightning_ted.tensor_parallel.plan import Style, collect_plan, expand_plan
-from lightning_ted.topology import RankOrder, Topology, divisors, listed
+from lightning_ted.topology import RankOrder, Topology, divisors
 
 Size = int | Literal["auto"]
 
@@ -28,12 +28,12 @@ def module_styles(
 
     """
     styles = expand_plan(module, collect_plan(module) if plan == "auto" else plan, complete)
-    for layer in moe_layers(module):
+    for prefix, layer in expert_parallel_layers(module).items():
+        ordinary = tuple(f"{prefix}.{shared}." for shared in layer.shared_expert_names())
         for name in styles:
-            # A shared expert is an ordinary network.
-            if f"{name}.".startswith(f"{layer}.") and not f"{name}.".startswith(f"{layer}.shared_expert."):
+            if f"{name}.".startswith(f"{prefix}.") and not f"{name}.".startswith(ordinary):
                 raise PlanError(
-                    f"`tensor_parallel_plan` names '{name}', a part of MoE layer '{layer}', which `expert_tensor_parallel_size` "
+                    f"`tensor_parallel_plan` names '{name}', a part of MoE layer '{prefix}', which `expert_tensor_parallel_size` "
                     "cuts; leave it out of the plan."
                 )
     return styles
@@ -109,7 +109,7 @@ def _topology(
     module: nn.Module | None, world_size: int, tensor: int, expert: Size, expert_tensor: int | None, order: RankOrder
 ) -> Topology:
     """The topology of a tensor-parallel degree, checked against the MoE layers."""
-    layers = {} if module is None else moe_layers(module)
+    layers = {} if module is None else expert_parallel_layers(module)
     shard_size = tensor if expert_tensor is None else expert_tensor
     base = Topology(world_size, tensor, 1, shard_size, order)
     if expert == "auto":
@@ -117,7 +117,8 @@ def _topology(
         expert = math.gcd(base.expert_data, *(layer.num_experts for layer in layers.values())) if layers else 1
     topology = Topology(world_size, tensor, expert, shard_size, order)
     for name, layer in layers.items():
-        _check_layer(name, layer, topology)
+        if layer.axes is None:
+            layer.check(name, topology)
     return topology
 
 
@@ -131,23 +132,3 @@ def _largest_tensor(module: nn.Module | None, styles: Mapping[str, Style], limit
         return 1
     widths = [block for _, blocks in planned_cuts(module, styles).values() for block in blocks]
     return math.gcd(limit, *heads.values(), *widths)
-
-
-def _check_layer(name: str, layer: MoE, topology: Topology) -> None:
-    if layer.axes is not None:
-        return
-    experts = layer.num_experts
-    if experts % topology.expert:
-        raise LayoutError(
-            f"`expert_parallel_size={topology.expert}` does not divide the {experts} experts of MoE layer '{name}'; choose one of "
-            f"{listed(divisors(math.gcd(experts, topology.world_size // topology.expert_tensor)))}."
-        )
-    width = layer.experts.d_ff
-    if layer.experts.down_proj_bias is not None:
-        width = math.gcd(width, layer.experts.d_model)
-    if width % topology.expert_tensor:
-        raise LayoutError(
-            f"`expert_tensor_parallel_size={topology.expert_tensor}` does not divide the width {width} of the experts of MoE layer "
-            f"'{name}' (d_ff={layer.experts.d_ff}, d_model={layer.experts.d_model}); choose one of "
-            f"{listed(divisors(math.gcd(width, topology.tensor)))}."
-        )

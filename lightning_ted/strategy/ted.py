@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_ted.collectives.tape import KeepPolicy
 from lightning_ted.mesh import TEDMesh
-from lightning_ted.moe.layer import MoE, moe_layers
+from lightning_ted.moe.expert_parallel import ExpertParallelLayer, expert_parallel_layers
 from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.recompute import CheckpointMode, RecomputeOptions, check_blocks, checkpoint_blocks
 from lightning_ted.strategy import _compat, checks, data, metrics
@@ -149,7 +149,7 @@ class TEDStrategy(LoadingStrategy):
         self._configured = False
         self._checked_stages: set[str] = set()
         self._described = False
-        self._moe_layers: list[MoE] = []
+        self._moe_layers: list[ExpertParallelLayer] = []
 
     # -- mesh and partition ----------------------------------------------------------------------------------------------
 
@@ -212,7 +212,11 @@ class TEDStrategy(LoadingStrategy):
 
     def _experts_come_later(self, module: pl.LightningModule) -> bool:
         """Whether the largest legal expert degree can be told only when ``configure_model`` has made the experts."""
-        return self._expert_parallel_size == "auto" and not self._has_all_layers(module) and not moe_layers(module)
+        return (
+            self._expert_parallel_size == "auto"
+            and not self._has_all_layers(module)
+            and not expert_parallel_layers(module)
+        )
 
     def _make_mesh(self, module: pl.LightningModule) -> None:
         topology = self._resolve(module)
@@ -259,7 +263,7 @@ class TEDStrategy(LoadingStrategy):
         self.model_to_device()
         self._partition(module)  # what a `setup` hook has added
         checkpoint_blocks(self.model, self._recompute, self._recomputed_blocks)
-        self._moe_layers = list(moe_layers(module).values())
+        self._moe_layers = list(expert_parallel_layers(module).values())
         metrics.synchronize_over_data(module, self.mesh.axis("data"))
         self._checked_stages.clear()
         self.barrier("setup")

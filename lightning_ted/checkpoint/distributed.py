@@ -196,6 +196,19 @@ class Saver:
             pending, self._pending = self._pending, None
             pending.result()
 
+    def finish(self) -> None:
+        """Wait for what is being written, and for what is being removed behind it.
+
+        Raises:
+            CheckpointError: If writing fails.
+
+        """
+        try:
+            self.wait()
+        finally:
+            if "_executor" in self.__dict__:
+                self._executor.submit(lambda: None).result()
+
     def settle(self) -> None:
         """Wait for what is being written, where another error is on its way; if it fails, that has been logged."""
         if self._pending is not None:

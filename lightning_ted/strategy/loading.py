@@ -211,6 +211,9 @@ class LoadingStrategy(SavingStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._wait_for_weights()
+        assert self.lightning_module is not None
+        # Lightning would do so after this, and round the weights of a wider dtype to that in which the module was built.
+        self.precision_plugin.convert_module(self.lightning_module)
         names, file = self._names(), self._single_file()
         state_dict = checkpoint[STATE_DICT]
         for name, value in state_dict.items():

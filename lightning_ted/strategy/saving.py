@@ -208,7 +208,7 @@ class SavingStrategy(SteppingStrategy):
     def on_train_end(self) -> None:
         super().on_train_end()
         if self._saver is not None:
-            self._saver.wait()
+            self._saver.finish()
 
     @override
     def on_exception(self, exception: BaseException) -> None:

@@ -167,6 +167,21 @@ def test_evaluations_draw_the_same_numbers_in_a_run_that_goes_on(pools: Pools, t
         assert whole[8:] == resumed == whole[:8]
 
 
+def _in_double_precision(folder: str) -> list[dict[str, Tensor]]:
+    weights = []
+    for path in (None, f"{folder}/x"):
+        run = trainer("tp2", max_epochs=2, precision="64-true", callbacks=[_Order(folder)])
+        run.fit(Toy(), DataLoader(Numbered(4)), ckpt_path=path)
+        weights.append(whole_weights(run))
+    return weights
+
+
+def test_weights_in_double_precision_are_read_as_they_were(pools: Pools, tmp_path: Path) -> None:
+    for whole, resumed in pools(2).run(_in_double_precision, str(tmp_path)):
+        assert all(weight.dtype == torch.float64 for weight in whole.values())
+        assert_same_everywhere([whole, resumed])
+
+
 def _in_another_layout(folder: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     saves = Saves(folder)
     whole = whole_weights(_fit("tp2", True, None, callbacks=[saves]))

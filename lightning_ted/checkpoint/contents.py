@@ -19,6 +19,7 @@ from typing_extensions import override
 from lightning_ted.checkpoint.portions import Portion, Portions, shared_out
 from lightning_ted.checkpoint.scratch import pageable_or_pinned, starts_of
 from lightning_ted.checkpoint.tree import Names
+from lightning_ted.errors import CheckpointError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 
@@ -257,6 +258,26 @@ def restore_state_dict(described: Mapping[str, Any], tensors: Mapping[str, Tenso
     return state_dict
 
 
+def require_checkpoint(path: object, data: Any) -> dict[str, Any]:
+    """``data``, if it is what a one-file checkpoint holds.
+
+    Raises:
+        CheckpointError: If it is something else.
+
+    """
+    weights = data.get(STATE_DICT) if isinstance(data, dict) else None
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"'{path}' is no checkpoint of Lightning: it holds no `{STATE_DICT}`.")
+    if {"order", "aliases", "others", "versions"} == set(weights):
+        raise CheckpointError(f"'{path}' is a part of a checkpoint; name the directory around it.")
+    own = data.get(OWN)
+    if own is not None and not (isinstance(own, dict) and {"ranks", "tensor", "optimizers"} <= own.keys()):
+        raise CheckpointError(
+            f"'{path}' is damaged or something else: its entry '{OWN}' is not what this package writes."
+        )
+    return data
+
+
 def collect_rest(
     checkpoint: Mapping[str, Any], names: Names, collector: Collector, masters_of: MastersOf
 ) -> dict[str, Any]:
@@ -290,8 +311,8 @@ def restore_rest(state: Any, tensor_of: Callable[[str, str], Tensor]) -> Any:
             return tensor_of(state[_STANDS_FOR], state[_PARAMETER])
         for key, value in state.items():
             state[key] = restore_rest(value, tensor_of)
-    elif type(state) is list:
-        state[:] = [restore_rest(value, tensor_of) for value in state]
+    elif type(state) in (list, tuple):
+        return type(state)(restore_rest(value, tensor_of) for value in state)
     return state
 
 
@@ -302,6 +323,6 @@ def stand_ins(state: Any) -> Iterator[str]:
             yield state[_STANDS_FOR]
             return
         state = list(state.values())
-    if type(state) is list:
+    if type(state) in (list, tuple):
         for value in state:
             yield from stand_ins(value)

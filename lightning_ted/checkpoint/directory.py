@@ -36,10 +36,15 @@ FORMAT, VERSION = "lightning-ted", 1
 
 #: Endings of hidden names of what is being written, has been replaced or is being removed.
 _INCOMPLETE, _REPLACED, _REMOVED = "ted_incomplete", "ted_replaced", "ted_removed"
-#: A checkpoint has all of one of these, even if it is damaged; the last one is of other strategies.
-_SIGNS = ({MANIFEST, "state.pt"}, {MANIFEST, "ranks.pt"}, {"state.pt", "ranks.pt"}, {".metadata"})
-#: What a folder of safetensors holds, if it holds nothing else.
-_SHARDS = re.compile(r"model.*\.safetensors(\.index\.json)?")
+#: What there may be in a directory that may be replaced: a checkpoint of this package, damaged or not, with at least two of its
+#: files; one in torch's distributed format; safetensors.
+_OWN = {MANIFEST, "state.pt", "ranks.pt", "model", "training", "extra"}
+_OTHERS = (
+    re.compile(r"\.metadata|__\d+_\d+\.distcp|meta\.pt"),
+    re.compile(r"model.*\.safetensors(\.index\.json)?|(generation_)?config\.json"),
+)
+#: By what files begin that may be replaced: archives, as torch writes them, and pickles, as it once did. Or by their names.
+_BEGINNINGS, _SUFFIXES = (b"PK", b"\x80"), {".ckpt", ".pt", ".pth", ".safetensors"}
 #: After so many seconds without a change, what is incomplete belongs to a run that has been killed.
 _ABANDONED = 3600
 _BLOCK = 2**22
@@ -78,9 +83,11 @@ class Manifest:
         path = folder / MANIFEST
         try:
             body = json.loads(path.read_bytes())
-            outside = [name for name in body["files"] if Path(name).is_absolute() or ".." in Path(name).parts]
             checksum = body.pop("checksum")
-            is_known = body["format"] == FORMAT
+            files = {str(name): (int(size), int(crc)) for name, (size, crc) in body["files"].items()}
+            outside = any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
+            is_known = body["format"] == FORMAT and "state.pt" in files and isinstance(body["info"], dict)
+            version = int(body["version"])
         except FileNotFoundError as error:
             hint = "It was written by something else, or is a part of a checkpoint."
             if folder.is_dir() and not any(folder.iterdir()):
@@ -88,17 +95,15 @@ class Manifest:
             raise CheckpointError(
                 f"'{folder}' is no checkpoint of this package: it holds no {MANIFEST}. {hint}"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except Exception as error:  # whatever is in it
             raise CheckpointError(
                 f"'{path}' is damaged or something else ({error}); use an older checkpoint."
             ) from error
         if not is_known or outside or checksum != _checksum(body):
             raise CheckpointError(f"'{path}' is damaged or something else; use an older checkpoint.")
-        if body["version"] > VERSION:
-            raise CheckpointError(
-                f"'{folder}' is of version {body['version']} of the format, this package knows {VERSION}."
-            )
-        return cls({name: (size, crc) for name, (size, crc) in body["files"].items()}, body["info"])
+        if version > VERSION:
+            raise CheckpointError(f"'{folder}' is of version {version} of the format, this package knows {VERSION}.")
+        return cls(files, body["info"])
 
     def check(self, folder: Path, names: Iterable[str] | None = None, contents: bool = True) -> None:
         """Compare files with the manifest.
@@ -180,11 +185,18 @@ def require_replaceable(path: Path) -> None:
     """
     if path.is_dir():
         there = {inner.name for inner in path.iterdir()}
-        if there and not any(signs <= there for signs in _SIGNS) and not all(map(_SHARDS.fullmatch, there)):
+        is_own = there <= _OWN and len(there) > 1
+        if there and not is_own and not any(all(map(known.fullmatch, there)) for known in _OTHERS):
             raise CheckpointError(
-                f"'{path}' is a directory of something else, which is not removed; choose another path"
+                f"'{path}' is a directory of something else, or holds something else as well, which is not removed; choose "
+                "another path"
             )
-    elif path.exists() and not path.is_file():
+    elif path.is_file():
+        with path.open("rb") as file:
+            begins = file.read(2)
+        if begins and path.suffix not in _SUFFIXES and not begins.startswith(_BEGINNINGS):
+            raise CheckpointError(f"'{path}' is a file of something else, which is not replaced; choose another path")
+    elif path.exists():
         raise CheckpointError(f"'{path}' is neither a file nor a directory; choose another path")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import pickle
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lightning_ted.checkpoint import directory
 from lightning_ted.checkpoint.contents import EXTRA, MODEL, RANKS, STATE, TRAINING, Contents
 from lightning_ted.checkpoint.directory import FileSum, Manifest
+from lightning_ted.checkpoint.files import objects_in, read_file
 from lightning_ted.checkpoint.portions import shared_out
 from lightning_ted.checkpoint.reader import Tensors
 from lightning_ted.checkpoint.storage import reason_of
@@ -115,7 +114,7 @@ def _finish(contents: Contents, folder: Path, final: Path, sums: dict[str, FileS
             file.flush()
             os.fsync(file.fileno())
         sums[name] = len(data), zlib.crc32(data)
-        _tell_of_objects(final, data)
+        tell_of_objects(final, data)
     manifest = Manifest(sums, contents.info)
     manifest.write(folder)
     try:
@@ -127,13 +126,14 @@ def _finish(contents: Contents, folder: Path, final: Path, sums: dict[str, FileS
     directory.publish(folder, final)
 
 
-def _tell_of_objects(final: Path, data: bytes) -> None:
-    unknown = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    if unknown:
+def tell_of_objects(final: Path, data: bytes | Path) -> None:
+    """Log it if what has been written to a checkpoint can be read only by those who trust it."""
+    found = objects_in(data if isinstance(data, Path) else io.BytesIO(data))
+    if found:
         log.warning(
             "The checkpoint '%s' holds more than plain data, so it can be read with `weights_only=False` only: %s",
             final,
-            ", ".join(sorted(unknown)),
+            ", ".join(found),
         )
 
 
@@ -278,16 +278,7 @@ class Source:
         self.manifest.check(self.folder, sorted(shared_out(sizes, range(world), rank)))
 
     def _plain(self, name: str) -> Any:
-        return agreed(lambda: self._read(self.folder / name), self.group)
-
-    def _read(self, path: Path) -> Any:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=self._weights_only)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"'{path}' holds more than plain data, which could execute code when it is read: {str(error).splitlines()[0]} If "
-                "you trust it, pass `weights_only=False`."
-            ) from error
+        return agreed(lambda: read_file(self.folder / name, self._weights_only), self.group)
 
     def _tensors(self, part: str) -> Tensors | None:
         if f"{part}/.metadata" not in self.manifest.files:

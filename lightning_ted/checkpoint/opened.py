@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,13 +27,14 @@ from lightning_ted.checkpoint.contents import (
     Ranges,
     collect_rest,
     collect_state_dict,
+    require_checkpoint,
     stand_ins,
 )
 from lightning_ted.checkpoint.directory import Manifest
+from lightning_ted.checkpoint.files import check_file, read_file
 from lightning_ted.checkpoint.numbering import by_name, numbers_of, own_names
 from lightning_ted.checkpoint.portions import Portion
 from lightning_ted.checkpoint.reader import Tensors
-from lightning_ted.checkpoint.single_file import check_file, is_archive, read_file
 from lightning_ted.checkpoint.tree import Names
 from lightning_ted.errors import CheckpointError
 from lightning_ted.layout import ParamLayout
@@ -244,34 +244,11 @@ def _open_directory(folder: Path) -> Opened:
     parts: dict[str, Part] = {
         name: FiledPart(folder / name) for name in (MODEL, EXTRA, TRAINING) if f"{name}/.metadata" in manifest.files
     }
-    return Opened("directory", parts, _plain(folder / STATE), _plain(folder / RANKS), manifest.info)
-
-
-def _plain(path: Path) -> dict[str, Any]:
-    """A file's plain data and, if it is an archive, tensors that are read when they are looked at."""
-    _refuse_objects(path)
-    return read_file(path, True)
-
-
-def _refuse_objects(path: Path) -> None:
-    if not is_archive(path):
-        return  # an old file, or none: reading it will tell
-    try:
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError):
-        return  # reading it will tell
-    if unknown:
-        raise CheckpointError(
-            f"'{path}' holds more than tensors and plain data: {', '.join(sorted(unknown))}. To read them could execute code, so "
-            "it is not done. Save the checkpoint without them: they are in the hyper-parameters, or in what a callback, "
-            "scheduler or hook has put into the checkpoint."
-        )
+    return Opened("directory", parts, read_file(folder / STATE, True), read_file(folder / RANKS, True), manifest.info)
 
 
 def _open_file(path: Path) -> Opened:
-    checkpoint = _plain(path)
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(STATE_DICT), dict):
-        raise CheckpointError(f"'{path}' is no checkpoint of Lightning: it holds no `state_dict`.")
+    checkpoint = require_checkpoint(path, read_file(path, True))
     own = checkpoint.pop(OWN, {})
     weights = checkpoint[STATE_DICT]
     names = _WholeNames(weights)
@@ -324,6 +301,9 @@ class _WholeNames(Names):
     def __init__(self, state_dict: Mapping[str, Any]) -> None:
         self.shapes = {name: tuple(value.shape) for name, value in state_dict.items() if isinstance(value, Tensor)}
         self._by_name = {name: ParamLayout(name, shape) for name, shape in self.shapes.items()}
+        self._orders = []
+        self._cut_shapes = {}
+        self.unnamed = []
 
 
 class _WholeCollector(Collector):

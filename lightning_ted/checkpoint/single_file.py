@@ -7,11 +7,9 @@ process would have written, and any strategy, any layout and ``load_from_checkpo
 from __future__ import annotations
 
 import os
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,85 +24,12 @@ from lightning_ted.checkpoint.scratch import room_for
 from lightning_ted.checkpoint.stream import save_into
 from lightning_ted.checkpoint.tree import Names, require_same
 from lightning_ted.collectives.whole import gather_whole
-from lightning_ted.errors import CheckpointError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.optim.sharded import ShardedOptimizer
 
 #: Tensors of fewer bytes than this stay in memory until the file is written.
 _SMALL = 2**20
-
-
-@contextmanager
-def reading(path: object) -> Iterator[None]:
-    """Name the file where reading it fails.
-
-    Raises:
-        CheckpointError: If the file is empty, truncated or no checkpoint.
-
-    """
-    try:
-        yield
-    except (EOFError, UnpicklingError, RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"'{path}' cannot be read as a checkpoint ({str(error).splitlines()[0] if str(error) else 'it is empty'}). It may be "
-            "truncated, damaged or something else; use an older one."
-        ) from error
-
-
-def is_archive(path: Path) -> bool:
-    """Whether a file is one of those that torch writes today."""
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # it looks like one, and is damaged
-        return False
-
-
-def read_file(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """A checkpoint whose tensors are read when they are looked at.
-
-    Args:
-        path: The file.
-        weights_only: False to allow what can execute code when it is read.
-
-    Raises:
-        CheckpointError: If it is no checkpoint.
-
-    """
-    with reading(path):
-        return torch.load(
-            path,
-            map_location="cpu",
-            weights_only=weights_only is not False,
-            mmap=is_archive(path) or None,
-        )
-
-
-def check_file(path: Path, weights_only: bool | None = True) -> None:
-    """Compare the contents of a checkpoint with the checksums that it holds.
-
-    Args:
-        path: The file.
-        weights_only: As in :func:`read_file`.
-
-    Raises:
-        CheckpointError: If it is truncated, damaged or something else.
-
-    """
-    try:
-        if is_archive(path):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-        else:
-            # One of an old version of torch, which holds no checksums; or an archive that has lost its end.
-            read_file(path, weights_only)
-            return
-    except CheckpointError:
-        raise
-    except Exception as error:  # damage makes the library raise anything
-        raise CheckpointError(f"'{path}' cannot be read as a checkpoint ({error}); use an older one.") from error
-    if damaged is not None:
-        raise CheckpointError(f"'{path}' is damaged: the checksum of '{damaged}' is wrong. Use an older checkpoint.")
 
 
 def write_file(checkpoint: Mapping[str, Any], path: Path) -> None:

@@ -43,6 +43,17 @@ class Names:
         self._by_name = {name: self._layout_of.get(id(tensor)) for name, tensor in named}
         self._parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         self._name_of = {id(tensor): name for name, tensor in reversed(named)}
+        parameters = [p for p in module.parameters() if id(p) in self._layout_of]
+        #: Those of all parameters, and of those that are trained, in order.
+        self._orders = [
+            [self._layout_of[id(p)] for p in parameters],
+            [self._layout_of[id(p)] for p in parameters if p.requires_grad],
+        ]
+        self._cut_shapes = {
+            layout.local_shape: name for name, layout in layouts.items() if layout.cuts and len(layout.global_shape) > 1
+        }
+        #: Where :meth:`visit` has found tensors that look like parts of parameters, and could not tell of which.
+        self.unnamed: list[str] = []
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name
@@ -95,21 +106,39 @@ class Names:
     def _visit(self, path: str, key: object, value: Any, visit: Visit) -> Any:
         if isinstance(value, Tensor):
             layout = self.find(key) if isinstance(key, str) else None
-            return value if layout is None else visit(path, value, layout)
+            if layout is not None:
+                return visit(path, value, layout)
+            if tuple(value.shape) in self._cut_shapes and not (isinstance(key, str) and self._match(key)):
+                self.unnamed.append(path)
+            return value
         if isinstance(value, dict):
-            pairs = list(value.items())
-        elif type(value) is list:
-            pairs = list(enumerate(value))
+            changed = {k: self._visit(f"{path}.{k}", k, item, visit) for k, item in value.items()}
+            if all(changed[k] is item for k, item in value.items()):
+                return value
+            # `copy` keeps the class and its attributes: a state dict carries its version in one.
+            result = copy.copy(value)
+            for k, item in changed.items():
+                result[k] = item
+            return result
+        if type(value) not in (list, tuple):
+            return value
+        order = self._in_order(value)
+        if order is not None:
+            items = [visit(f"{path}.{i}", *pair) for i, pair in enumerate(zip(value, order, strict=True))]
         else:
-            return value
-        changed = {k: self._visit(f"{path}.{k}", k, item, visit) for k, item in pairs}
-        if all(changed[k] is item for k, item in pairs):
-            return value
-        # `copy` keeps the class and its attributes: a state dict carries its version in one.
-        result = copy.copy(value)
-        for k, item in changed.items():
-            result[k] = item
-        return result
+            items = [self._visit(f"{path}.{i}", i, item, visit) for i, item in enumerate(value)]
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else type(value)(items)
+
+    def _in_order(self, values: Sequence[Any]) -> list[ParamLayout] | None:
+        """The layouts of tensors without names that are, by their shapes, one for each parameter in order."""
+        if not values or not all(isinstance(value, Tensor) for value in values):
+            return None
+        shapes = [tuple(value.shape) for value in values]
+        for layouts in self._orders:
+            local, whole = [layout.local_shape for layout in layouts], [layout.global_shape for layout in layouts]
+            if shapes in (local, whole):
+                return layouts
+        return None
 
 
 def require_same(found: Sequence[str], mesh: TEDMesh, device: torch.device) -> None:

@@ -22,15 +22,17 @@ from lightning_ted.checkpoint.contents import (
     OPTIMIZER_STATES,
     OWN,
     STATE_DICT,
+    require_checkpoint,
     restore_rest,
     restore_state_dict,
 )
 from lightning_ted.checkpoint.distributed import Source, agreed, by_first
+from lightning_ted.checkpoint.files import check_file, read_file, reading
 from lightning_ted.checkpoint.numbering import numbers_of, own_names, renumbered
 from lightning_ted.checkpoint.optimizer_state import restore_state
 from lightning_ted.checkpoint.portions import Portion, Portions
 from lightning_ted.checkpoint.reader import Tensors
-from lightning_ted.checkpoint.single_file import SingleFile, check_file, read_file, reading
+from lightning_ted.checkpoint.single_file import SingleFile
 from lightning_ted.checkpoint.tree import Names
 from lightning_ted.errors import CheckpointError
 from lightning_ted.layout import ParamLayout
@@ -87,11 +89,11 @@ class LoadingStrategy(SavingStrategy):
         path = self.broadcast(checkpoint_path)
         local, group = _compat.local_path(path), self.mesh.host_group()
         if local is None or type(self.checkpoint_io) is not TorchCheckpointIO:
-            return self._cut(agreed(lambda: self._read_elsewhere(path, weights_only), group))
+            return self._cut(agreed(lambda: _require_lightnings(path, self._read_elsewhere(path, weights_only)), group))
         opened = (self._open_newest if self._wants_last else self._open)(local, weights_only)
         if isinstance(opened, Source):
             return self._load_directory(opened)
-        return self._cut(agreed(lambda: read_file(opened, weights_only), group))
+        return self._cut(agreed(lambda: _require_lightnings(opened, read_file(opened, weights_only)), group))
 
     def _read_elsewhere(self, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
         with reading(path):
@@ -239,7 +241,12 @@ class LoadingStrategy(SavingStrategy):
         if len(states) != len(self.optimizers):
             raise CheckpointError(
                 f"The checkpoint holds the states of {len(states)} optimizers, and `configure_optimizers` returns "
-                f"{len(self.optimizers)}. Return the same ones, or load the weights alone."
+                f"{len(self.optimizers)}. "
+                + (
+                    "Return the same ones, or load the weights alone."
+                    if states
+                    else "It was not written while or after the model was trained: load its weights alone."
+                )
             )
         for index, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True)):
             stored = state.get(OWN)
@@ -290,3 +297,9 @@ def _fits(value: Any, layout: ParamLayout | None) -> bool:
 def _require_existence(path: Path) -> None:
     if not os.path.exists(directory.restored(path)):
         raise CheckpointError(f"There is no checkpoint '{path}'.")
+
+
+def _require_lightnings(path: object, data: Any) -> dict[str, Any]:
+    if "pytorch-lightning_version" not in require_checkpoint(path, data):
+        raise CheckpointError(f"'{path}' is no checkpoint of Lightning: it does not tell which version has written it.")
+    return data

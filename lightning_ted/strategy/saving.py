@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -27,7 +28,7 @@ from lightning_ted.checkpoint.contents import (
     collect_rest,
     collect_state_dict,
 )
-from lightning_ted.checkpoint.distributed import Saver, by_first
+from lightning_ted.checkpoint.distributed import Saver, by_first, tell_of_objects
 from lightning_ted.checkpoint.optimizer_state import collect_state
 from lightning_ted.checkpoint.single_file import SingleFile, write_file
 from lightning_ted.checkpoint.tree import Names, require_same
@@ -118,6 +119,7 @@ class SavingStrategy(SteppingStrategy):
         model = collect_state_dict(checkpoint.get(STATE_DICT, {}), names, collector, masters_of)
         state = collect_rest(checkpoint, names, collector, masters_of)
         require_same(collector.described(), self.mesh, self.root_device)
+        _tell_of_unnamed(names)
         state[STATE_DICT] = model
         if OPTIMIZER_STATES in checkpoint:
             state[OPTIMIZER_STATES] = [
@@ -166,13 +168,14 @@ class SavingStrategy(SteppingStrategy):
             ranks = self._states_of_ranks(checkpoint)
             checkpoint[OWN] = {**ranks, "info": self._info(checkpoint), "optimizers": self._numbering(checkpoint)}
         masters = {"master_of": self._training.find_masters()} if self._training is not None else {}
-        file = SingleFile(self._names(), self.mesh, self.root_device, folder)
+        file = SingleFile(names := self._names(), self.mesh, self.root_device, folder)
         write = partial(super().save_checkpoint, storage_options=storage_options)
         try:
             if folder is not None:
                 by_first(lambda: folder.mkdir(parents=True, exist_ok=True), group)
             full = file.joined(checkpoint, self.optimizers, self.is_global_zero, **masters)
-            by_first(lambda: write(full, path) if plain is None else write_file(full, plain), group)
+            _tell_of_unnamed(names)
+            by_first(lambda: write(full, path) if plain is None else _write_file(full, plain), group)
         except CheckpointError as error:
             raise CheckpointError(f"'{path}' could not be written ({error}); nothing has been changed.") from error
 
@@ -197,7 +200,10 @@ class SavingStrategy(SteppingStrategy):
         elif self.is_global_zero:
             # Without asking for a saver: to make one is a collective, and this is called on one rank.
             remove = directory.remove if self._saver is None else self._saver.remove
-            remove(path)
+            try:
+                remove(path)
+            except OSError as error:  # raised on one rank, it would leave the others waiting
+                rank_zero_warn(f"'{path}' could not be removed ({error}).")
 
     @override
     def on_train_start(self) -> None:
@@ -244,3 +250,17 @@ class SavingStrategy(SteppingStrategy):
     def _is_fitting(self) -> bool:
         assert self.lightning_module is not None
         return self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+
+
+def _tell_of_unnamed(names: Names) -> None:
+    if names.unnamed:
+        rank_zero_warn(
+            f"The checkpoint's '{names.unnamed[0]}' has the shape of this rank's part of a parameter, and no name that tells of "
+            "which: it is written as it is on one rank, and what others have there is lost. Keep it under the parameter's name, or "
+            "all of them in the order of `parameters()`."
+        )
+
+
+def _write_file(checkpoint: Mapping[str, Any], path: Path) -> None:
+    write_file(checkpoint, path)
+    tell_of_objects(path, path)

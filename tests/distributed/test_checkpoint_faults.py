@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_ted.checkpoint import directory
 from lightning_ted.checkpoint.directory import MANIFEST, Manifest
 from lightning_ted.checkpoint.distributed import Source
-from lightning_ted.checkpoint.single_file import check_file, read_file
+from lightning_ted.checkpoint.files import check_file, read_file
 from lightning_ted.errors import CheckpointError
 from tests.distributed.test_resuming_exactly import Module
 from tests.support.mortals import Mortals, answers

@@ -417,6 +417,66 @@ def test_a_hook_may_rename_what_the_model_does_not_know(pools: Pools, tmp_path: 
         assert_close(dict(sorted(after.items())), dict(sorted(before.items())), 0.0)
 
 
+class _Keeps(Callback):
+    """Keeps weights of its own in all sorts of ways."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        named = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.kept = {"shadow": list(named.values()), "tuple": (1, {"averages": named}), "named": named}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.kept
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.kept = state_dict
+
+
+def _kept_by_a_callback(layout: str, path: str, written: str | None) -> dict[str, list[Tensor]]:
+    run = trainer(layout, max_epochs=1, callbacks=[keeps := _Keeps()])
+    run.fit(Toy(), loader(), ckpt_path=written)
+    if written is None:
+        run.save_checkpoint(path)
+        run.strategy._save_distributed = False
+        run.save_checkpoint(f"{path} file")
+    assert type(keeps.kept["tuple"]) is tuple and keeps.kept["tuple"][0] == 1
+    found = {"shadow": keeps.kept["shadow"], "named": list(keeps.kept["named"].values())}
+    return found | {"tuple": list(keeps.kept["tuple"][1]["averages"].values())}
+
+
+@pytest.mark.parametrize("form", ["", " file"], ids=["directory", "file"])
+def test_weights_that_a_callback_keeps_are_found_by_name_or_order(pools: Pools, tmp_path: Path, form: str) -> None:
+    path = str(tmp_path / "x")
+    written = pools(4).run(_kept_by_a_callback, "tp2", path, None)
+    for before, after in zip(written, pools(4).run(_kept_by_a_callback, "tp2", path, f"{path}{form}"), strict=True):
+        for how in before:
+            assert all(map(torch.equal, before[how], after[how])), how
+    for found in pools(4).run(_kept_by_a_callback, "ep4", path, f"{path}{form}"):  # in another layout
+        assert found["shadow"][0].shape == (16, 8)
+        for how in ("shadow", "tuple"):
+            assert all(map(torch.equal, found[how], found["named"])), how
+
+
+class _KeepsNumbered(_Keeps):
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.kept = {"numbered": {i: p.detach().clone() for i, p in enumerate(module.parameters())}}
+
+
+def _numbered(path: str) -> bool:
+    run = _fit(max_epochs=1, callbacks=[_KeepsNumbered()])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.save_checkpoint(path)
+    text = "numbered.0' has the shape of this rank's part of a parameter, and no name"
+    return any(text in str(warning.message) for warning in caught) == run.is_global_zero
+
+
+def test_parts_of_weights_without_a_name_are_told(pools: Pools, tmp_path: Path) -> None:
+    assert all(pools(2).run(_numbered, str(tmp_path / "x")))
+
+
 # -- what is refused -------------------------------------------------------------------------------------------------------
 
 
@@ -443,8 +503,42 @@ def _objects(path: str) -> tuple[str, int]:
 
 def test_what_could_execute_code_is_read_only_if_trusted(pools: Pools, tmp_path: Path) -> None:
     for message, steps in pools(2).run(_objects, str(tmp_path / "x")):
-        assert f"'{tmp_path}/x/state.pt' holds more than plain data" in message and "weights_only=False" in message
+        assert (
+            f"'{tmp_path}/x/state.pt' holds more than tensors and plain data: " in message
+            and "weights_only=False" in message
+        )
         assert steps == 24
+
+
+def _foreign(path: str, data: Any) -> str:
+    if dist.get_rank() == 0:
+        Path(path).write_text(data) if isinstance(data, str) else torch.save(data, path)
+    dist.barrier()
+    try:
+        _fit(path)
+    except CheckpointError as error:
+        return str(error)
+    return "nothing"
+
+
+LIGHTNINGS = {"state_dict": {}, "pytorch-lightning_version": "2.6.6"}
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (torch.ones(2), "is no checkpoint of Lightning: it holds no `state_dict`"),
+        ([1], "is no checkpoint of Lightning: it holds no `state_dict`"),
+        ({"state_dict": {}}, "does not tell which version has written it"),
+        ({**LIGHTNINGS, "lightning_ted": "oops"}, "its entry 'lightning_ted' is not what this package writes"),
+        ({"state_dict": {"order": 1, "aliases": 1, "others": 1, "versions": 1}}, "is a part of a checkpoint"),
+        ({**LIGHTNINGS, "hyper_parameters": _Object()}, "holds more than tensors and plain data: "),
+        ("text", "cannot be read as a checkpoint"),
+    ],
+)
+def test_foreign_files_are_refused_by_name(pools: Pools, tmp_path: Path, data: Any, message: str) -> None:
+    for found in pools(2).run(_foreign, str(tmp_path / "x.ckpt"), data):
+        assert f"'{tmp_path}/x.ckpt'" in found and message in found
 
 
 def _elsewhere() -> list[str]:

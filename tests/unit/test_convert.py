@@ -206,7 +206,7 @@ def test_names_that_torch_has_kept_are_used(tmp_path: Path) -> None:
 def test_objects_are_refused_by_name(tmp_path: Path) -> None:
     path, _, _ = plain_file(tmp_path / "plain.ckpt", hyper_parameters=Namespace(width=3))
     with pytest.raises(
-        CheckpointError, match=r"more than tensors and plain data: argparse\.Namespace\. To read them could"
+        CheckpointError, match=r"more than tensors and plain data: argparse\.Namespace\. To read that could"
     ):
         convert(str(path), str(tmp_path / "out"), weights_only=True)
 
@@ -277,7 +277,7 @@ def test_nothing_is_replaced_unasked(written: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "precious").touch()
-    with pytest.raises(CheckpointError, match="is a directory of something else, which is not removed"):
+    with pytest.raises(CheckpointError, match="is a directory of something else, or holds something"):
         convert(str(written), str(folder), overwrite=True)
     assert sorted(os.listdir(tmp_path)) == ["folder", "out.ckpt"]
 

@@ -11,16 +11,16 @@ import torch
 
 from lightning_ted.checkpoint import directory
 from lightning_ted.checkpoint.directory import MANIFEST, Manifest
-from lightning_ted.checkpoint.single_file import check_file
+from lightning_ted.checkpoint.files import check_file
 from lightning_ted.errors import CheckpointError
 
 
 def _written(final: Path, text: str = "content") -> Manifest:
     folder = directory.begin(final)
-    (folder / "part").mkdir()
-    (folder / "part" / "data").write_text(text)
+    (folder / "model").mkdir()
+    (folder / "model" / "data").write_text(text)
     (folder / "state.pt").touch()
-    manifest = Manifest({"part/data": (len(text), zlib.crc32(text.encode()))}, {"global_step": 3})
+    manifest = Manifest({"state.pt": (0, 0), "model/data": (len(text), zlib.crc32(text.encode()))}, {"global_step": 3})
     manifest.write(folder)
     directory.publish(folder, final)
     return manifest
@@ -50,7 +50,7 @@ def test_a_directory_replaces_another_one_or_a_file(
     final.write_text("a file")
     for text in ("first", "second"):
         _written(final, text)
-        assert (final / "part" / "data").read_text() == text
+        assert (final / "model" / "data").read_text() == text
         assert _names(tmp_path) == ["x.ckpt"]
 
 
@@ -72,7 +72,7 @@ def test_what_was_replaced_when_the_process_was_killed_is_found(
     with pytest.raises(KeyboardInterrupt):
         _written(final, "second")
     assert not final.exists()
-    assert (directory.restored(final) / "part" / "data").read_text() == "content"
+    assert (directory.restored(final) / "model" / "data").read_text() == "content"
 
 
 def test_removing_hides_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +117,8 @@ def _flip(path: Path) -> None:
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage: object, message: str) -> None:
     manifest = _written(tmp_path / "x")
-    damage(tmp_path / "x" / "part" / "data")  # type: ignore[operator]
-    with pytest.raises(CheckpointError, match=f"'{tmp_path}/x/part/data' {message}"):
+    damage(tmp_path / "x" / "model" / "data")  # type: ignore[operator]
+    with pytest.raises(CheckpointError, match=f"'{tmp_path}/x/model/data' {message}"):
         manifest.check(tmp_path / "x")
 
 
@@ -171,6 +171,10 @@ def test_files_are_checked_by_their_own_checksums(tmp_path: Path) -> None:
         check_file(path)
     path.write_bytes(data[:1000])
     with pytest.raises(CheckpointError, match="cannot be read as a checkpoint"):
+        check_file(path)
+    data[2000] ^= 1
+    path.write_bytes(data + b"more")
+    with pytest.raises(CheckpointError, match="goes on behind its end"):
         check_file(path)
 
 
@@ -225,3 +229,40 @@ def test_what_is_to_be_seen_is_told_to_be_written_even_if_that_may_be_forgotten(
     monkeypatch.setattr(os, "fsync", fails)
     _written(tmp_path / "x.ckpt")
     assert _names(tmp_path) == ["x.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("notes.txt", "is a directory of something else"), ("x.ckpt/notes.txt", "or holds something else as well")],
+)
+def test_what_is_not_a_checkpoint_is_not_replaced(tmp_path: Path, content: str, message: str) -> None:
+    final = tmp_path / "x.ckpt"
+    if "/" in content:
+        _written(final)
+    else:
+        final.mkdir()
+    (final / "notes.txt").write_text("precious")
+    with pytest.raises(CheckpointError, match=message):
+        directory.begin(final)
+    assert (final / "notes.txt").read_text() == "precious"
+
+
+def test_files_that_are_no_checkpoints_are_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("precious")
+    with pytest.raises(CheckpointError, match="'.*thesis' is a file of something else"):
+        directory.begin(tmp_path / "thesis")
+    torch.save({}, tmp_path / "archive")
+    directory.begin(tmp_path / "archive")
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": "x"}, {"files": []}, {"files": {"a": 1}}, {"files": {}}, {"info": None}]
+)
+def test_a_forged_manifest_is_named(tmp_path: Path, change: dict[str, object]) -> None:
+    _written(tmp_path / "x")
+    body = json.loads((tmp_path / "x" / MANIFEST).read_text())
+    del body["checksum"]
+    body |= change
+    (tmp_path / "x" / MANIFEST).write_text(json.dumps({**body, "checksum": directory._checksum(body)}))
+    with pytest.raises(CheckpointError, match="manifest.json' is damaged or something else"):
+        Manifest.read(tmp_path / "x")

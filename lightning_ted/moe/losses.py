@@ -9,7 +9,8 @@ averaged afterwards. Tensor ranks that saw different tokens hold one copy of the
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lightning_ted.collectives.phase import dual
 from lightning_ted.collectives.primitives import all_reduce
 from lightning_ted.mesh import Axis
+from lightning_ted.moe.expert_parallel import ExpertParallelLayer, expert_parallel_layers
 from lightning_ted.moe.layer import MoE, moe_layers
 from lightning_ted.moe.statistics import RoutingStatistics
 
@@ -33,16 +35,17 @@ class _SumStatistics(torch.autograd.Function):
         return all_reduce(grad, ctx.data), None, None
 
 
-Ran = dict[str, tuple[MoE, RoutingStatistics]]
+Layer = TypeVar("Layer", bound=ExpertParallelLayer)
+Ran = dict[str, tuple[Layer, RoutingStatistics]]
 
 
-def _have_run(module: nn.Module) -> Ran:
-    """The MoE layers that have run, and what they saw."""
-    found = ((name, layer, layer.statistics) for name, layer in moe_layers(module).items())
+def _have_run(layers: Mapping[str, Layer]) -> Ran[Layer]:
+    """The layers that have run, and what they saw."""
+    found = ((name, layer, layer.statistics) for name, layer in layers.items())
     return {name: (layer, statistics) for name, layer, statistics in found if statistics is not None}
 
 
-def _sum_over_ranks(ran: Ran) -> list[Tensor]:
+def _sum_over_ranks(ran: Ran[Layer]) -> list[Tensor]:
     """The packed statistics of every layer, summed over all ranks in one all-reduce."""
     if not ran:
         return []
@@ -79,7 +82,8 @@ def auxiliary_loss(module: nn.Module) -> Tensor:
             router is being trained.
 
     """
-    ran, layers = _have_run(module), moe_layers(module)
+    layers = moe_layers(module)
+    ran = _have_run(layers)
     if not layers:
         raise RuntimeError(f"{type(module).__name__} has no MoE layer, so it has no auxiliary loss.")
     for name in layers:
@@ -120,7 +124,7 @@ def drop_rate(module: nn.Module) -> dict[str, Tensor]:
 
 def _counted(module: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Of every layer that has run, over all ranks: assignments of each expert, dropped ones, and all (1 at least)."""
-    ran = _have_run(module)
+    ran = _have_run(expert_parallel_layers(module))
     found = {}
     for (name, (_, statistics)), sums in zip(ran.items(), _sum_over_ranks(ran), strict=True):
         counts_E, _, _, dropped, tokens = _parts(sums.detach())

@@ -154,7 +154,9 @@ def _switch_own(module: nn.Module) -> set[int]:
     """Let models that can switch on the checkpointing of their layers do so; returns what they have in them."""
     inside: set[int] = set()
     for child in _own_switches(module):
-        child.gradient_checkpointing_enable({"use_reentrant": False})
+        # The name that it has since transformers 5.21, and the one before.
+        enable = getattr(child, "activation_checkpointing_enable", child.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
         layers = list(child.modules())
         if any(_has_switched_on(layer) for layer in layers):
             inside |= {id(layer) for layer in layers}

@@ -67,7 +67,7 @@ def refuse_idle_sizes(
     for argument, size in (("expert_parallel_size", topology.expert), ("expert_tensor_parallel_size", expert_tensor)):
         if size is not None and size > 1 and not layers:
             raise LayoutError(
-                f"`{argument}={size}` finds no `lightning_ted.MoE` layer in {name} to share out; leave it at its default."
+                f"`{argument}={size}` finds no MoE layer in {name} to share out; leave it at its default."
             )
     if topology.tensor == 1 or styles:
         return

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_ted.adapters import adopt
 from lightning_ted.collectives.primitives import broadcast_
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import Cut, Family, ParamLayout
@@ -148,6 +149,7 @@ def partition_module(
             f"{type(module).__name__} has been cut for {record.topology}, {record.options} and cannot be cut again for "
             f"{mesh.topology}, {options}. {_REBUILD}"
         )
+    adopt(module)
     result = _mark_plan(module, mesh, options, record, complete)
     cuts = result.cuts | _mark_experts(module, mesh, options, record)
     record.partial |= result.partial

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import nn
 
+from lightning_ted.adapters import adopt, foreign_plan
 from lightning_ted.errors import LayoutError, PlanError
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
 from lightning_ted.tensor_parallel.check import check_plan, head_counts, planned_cuts
@@ -27,7 +28,12 @@ def module_styles(
         PlanError: If a style is unknown, or a pattern matches nothing, or a part of a MoE layer other than its shared expert.
 
     """
-    styles = expand_plan(module, collect_plan(module) if plan == "auto" else plan, complete)
+    if plan == "auto":
+        # A foreign plan names also what a model of that kind may have.
+        styles = expand_plan(module, foreign_plan(module), complete=False)
+        styles |= expand_plan(module, collect_plan(module), complete)
+    else:
+        styles = expand_plan(module, plan, complete)
     for prefix, layer in expert_parallel_layers(module).items():
         ordinary = tuple(f"{prefix}.{shared}." for shared in layer.shared_expert_names())
         for name in styles:
@@ -67,6 +73,8 @@ def resolve_sizes(
         LayoutError, PlanError: If a size does not fit the world or the model.
 
     """
+    if module is not None:
+        adopt(module)
     styles = {} if module is None else module_styles(module, plan, complete)
     if tensor == "auto":
         largest = _largest_tensor(module, styles, math.gcd(world_size, devices_per_node))

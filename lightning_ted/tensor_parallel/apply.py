@@ -14,7 +14,7 @@ from lightning_ted.layout import Cut
 from lightning_ted.mesh import Axis
 from lightning_ted.tensor_parallel.check import check_plan, planned_cuts
 from lightning_ted.tensor_parallel.embedding import VocabParallelEmbedding
-from lightning_ted.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear, ShardedRegion
+from lightning_ted.tensor_parallel.linear import ColumnParallelLinear, FeaturesOfHeads, RowParallelLinear, ShardedRegion
 from lightning_ted.tensor_parallel.loss import VocabParallelCrossEntropyLoss
 from lightning_ted.tensor_parallel.plan import COLUMN, ROW, Style
 from lightning_ted.tensor_parallel.randomness import draws_dropout
@@ -132,7 +132,9 @@ def apply_plan(
     check_plan(root, styles, axis.size)
     for parameter, (dim, blocks) in planned_cuts(root, styles).items():
         result.cuts[parameter] = (Cut(dim, "tensor", axis.size, blocks),)
-    for around, sequence, names in _group_layers(styles, sequences):
+    parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
+    layers = {name: style for name, style in styles.items() if name not in parameters}
+    for around, sequence, names in _group_layers(layers, sequences):
         columns = [name for name in names if styles[name].name in COLUMN]
         region = ShardedRegion(axis, sequence, len(columns), _draws_between(root.get_submodule(around), names, styles))
         if columns:
@@ -147,6 +149,12 @@ def apply_plan(
             VocabParallelEmbedding.adopt(cast(nn.Embedding, root.get_submodule(name)), axis, name)
         elif style.name == "replicated_with_grad_allreduce":
             result.partial.add(name)
+        elif style.name == "mla_kv_a_proj":
+            if any(sequence.contains(name) for sequence in sequences):
+                raise PlanError(
+                    f"`sequence_parallel=True` does not fit '{name}' (style '{style.name}'); set it to False."
+                )
+            root.get_submodule(name).register_forward_hook(FeaturesOfHeads(axis, style.blocks[0]))
     return result
 
 

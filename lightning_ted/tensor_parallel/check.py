@@ -33,10 +33,13 @@ def head_counts(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, int]:
         name.rpartition(".")[0] for name, style in styles.items() if style.name in COLUMN - {"colwise_gather_output"}
     }:
         module = root.get_submodule(parent)
-        for attribute in HEAD_COUNTS:
-            value = getattr(module, attribute, None)
-            if isinstance(value, int):
-                counts[f"{parent}.{attribute}" if parent else attribute] = value
+        # Attention modules of Hugging Face keep these numbers in their configuration.
+        configuration = getattr(module, "config", None) if "Attention" in type(module).__name__ else None
+        for holder, place in ((configuration, "config."), (module, "")):
+            for attribute in HEAD_COUNTS:
+                value = getattr(holder, attribute, None)
+                if isinstance(value, int):
+                    counts[f"{parent}.{place}{attribute}" if parent else f"{place}{attribute}"] = value
     return counts
 
 
@@ -84,6 +87,9 @@ def _cuts_of(root: nn.Module, name: str, style: Style) -> dict[str, tuple[int, t
     try:
         module = root.get_submodule(name)
     except AttributeError:
+        if style.name == "colwise":
+            # A parameter with an entry, or a row, for each head.
+            return {name: (0, (root.get_parameter(name).shape[0],))}
         raise PlanError(
             f"'{name}' is a parameter, which the style '{style.name}' does not fit; name its module."
         ) from None
@@ -95,6 +101,12 @@ def _cuts_of(root: nn.Module, name: str, style: Style) -> dict[str, tuple[int, t
         VocabParallelEmbedding.check(embedding, name)
         return {f"{name}.weight": (0, (embedding.num_embeddings,))}
     linear = _require(module, nn.Linear, name, style)
+    if style.name == "mla_kv_a_proj":
+        if style.blocks[0] > linear.out_features:
+            raise PlanError(
+                f"'{name}' has {linear.out_features} output features, of which {style.blocks[0]} are to go to heads."
+            )
+        return {}
     if style.name in ROW:
         return {f"{name}.weight": (1, (linear.in_features,))}
     blocks = style.block_lengths(linear.out_features, name)

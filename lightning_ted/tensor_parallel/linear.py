@@ -135,3 +135,25 @@ class RowParallelLinear(nn.Linear):
         else:
             output = sequence.linear_scatter(input, self.weight)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+
+class FeaturesOfHeads:
+    """Forward hook of a whole layer whose last output features go to this rank's heads, and past any column-parallel layer.
+
+    Each rank's heads give them a part of their gradient; the sum is the whole. (The rotary part of the keys in multi-head latent
+    attention, arXiv 2405.04434, section 2.1.3.)
+
+    Args:
+        axis: The tensor axis.
+        features: How many.
+
+    """
+
+    def __init__(self, axis: Axis, features: int) -> None:
+        self.axis = axis
+        self.features = features
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """``[..., out_features]``, unchanged."""
+        others, own = output.split([output.shape[-1] - self.features, self.features], -1)
+        return torch.cat([others, copy_to_shards(own, self.axis)], -1)

@@ -27,8 +27,13 @@ STYLES: dict[str, str] = {
     "embedding_rowwise": "cut the vocabulary of an embedding, and sum its output",
     "vocab_parallel_loss": "an nn.CrossEntropyLoss that receives logits split over the vocabulary (from a colwise head)",
     "replicated_with_grad_allreduce": "whole weights that work on split features; their gradients are summed",
+    "mla_kv_a_proj": "`mla_kv_a_proj:64`: a whole linear layer whose last output features (so many) go to split heads directly; "
+    "their gradients are summed",
     "replicate": "whole weights on every rank",
 }
+
+#: Styles that take numbers, and those that they have without.
+_WITH_BLOCKS = {"packed_colwise": (2,), "mla_kv_a_proj": (0,)}
 
 #: Styles of column- and of row-parallel layers.
 COLUMN = {"colwise", "packed_colwise", "colwise_gather_output"}
@@ -41,7 +46,8 @@ class Style:
 
     Attributes:
         name: A key of :data:`STYLES`.
-        blocks: Of ``packed_colwise``: one number is a count of equal blocks, several are their lengths.
+        blocks: Of ``packed_colwise``: one number is a count of equal blocks, several are their lengths. Of ``mla_kv_a_proj``: how
+            many features go to split heads.
 
     """
 
@@ -50,21 +56,21 @@ class Style:
 
     @classmethod
     def parse(cls, text: str, pattern: str) -> Style:
-        """Read ``"name"`` or ``"packed_colwise:blocks"``.
+        """Read ``"name"``, ``"packed_colwise:blocks"`` or ``"mla_kv_a_proj:features"``.
 
         Raises:
             PlanError: If the style is unknown.
 
         """
         name, _, arguments = str(text).partition(":")
-        if name not in STYLES or (arguments and name != "packed_colwise"):
+        if name not in STYLES or (arguments and name not in _WITH_BLOCKS):
             raise PlanError(
                 f"`tensor_parallel_plan['{pattern}']={text!r}` is unknown; choose one of {', '.join(STYLES)}."
             )
-        if name != "packed_colwise":
+        if name not in _WITH_BLOCKS:
             return cls(name)
         try:
-            blocks = tuple(int(block) for block in arguments.split(",")) if arguments else (2,)
+            blocks = tuple(int(block) for block in arguments.split(",")) if arguments else _WITH_BLOCKS[name]
         except ValueError:
             blocks = (0,)
         if min(blocks) < 1:

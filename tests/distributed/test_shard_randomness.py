@@ -204,7 +204,9 @@ def fragile_stack() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("build", "sequence"), [(fragile_stack, True), (fragile_stack, False), (Listed, False)], ids=str
+    ("build", "sequence"),
+    [(fragile_stack, True), (fragile_stack, False), (Listed, False)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_an_exception_leaves_nothing_switched(pools: Pools, build: Callable[[], nn.Module], sequence: bool) -> None:
     (same, number), (other_same, other_number) = pools(2).run(

@@ -1,7 +1,8 @@
-"""Callbacks that watch a run. They read; none of them changes what is trained."""
+"""Callbacks that watch a run, and one that evens out the loads of experts."""
 
+from lightning_ted.callbacks.balancing import ExpertBiasBalancing
 from lightning_ted.callbacks.communication import CommunicationMonitor
 from lightning_ted.callbacks.expert_load import ExpertLoadMonitor
 from lightning_ted.callbacks.throughput import TokenThroughput
 
-__all__ = ["CommunicationMonitor", "ExpertLoadMonitor", "TokenThroughput"]
+__all__ = ["CommunicationMonitor", "ExpertBiasBalancing", "ExpertLoadMonitor", "TokenThroughput"]

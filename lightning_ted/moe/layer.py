@@ -53,6 +53,7 @@ class MoE(nn.Module, ExpertParallelLayer):
         router: A router of your own: a module that maps tokens ``[T, D]`` to a :class:`Routing`; the arguments
             ``top_k``, ``score`` and ``normalize_top_k`` are then its own business, and refused here. Its choice for a
             token must depend on that token alone (and on noise): it may get any share of the batch.
+        correction_bias: Let a bias, which ``ExpertBiasBalancing`` moves, have a part in the choice of experts.
         shared_expert: A dense branch ``[..., d_model] -> [..., d_model]`` through which every token goes as well; its output is
             added. It computes while tokens are under way to the experts of other ranks.
 
@@ -76,6 +77,7 @@ class MoE(nn.Module, ExpertParallelLayer):
         z_loss_coef: float = 0.0,
         router: nn.Module | None = None,
         shared_expert: nn.Module | None = None,
+        correction_bias: bool = False,
     ) -> None:
         super().__init__()
         if capacity_factor is not None and not (_is_number(capacity_factor) and capacity_factor > 0):
@@ -87,7 +89,12 @@ class MoE(nn.Module, ExpertParallelLayer):
             raise TEDError(f"`router={router!r}` must be a module that maps tokens to a `lightning_ted.moe.Routing`.")
         if shared_expert is not None and not isinstance(shared_expert, nn.Module):
             raise TEDError(f"`shared_expert={shared_expert!r}` must be a module that maps tokens to tokens, or None.")
-        idle = [("top_k", top_k, 2), ("score", score, "softmax"), ("normalize_top_k", normalize_top_k, True)]
+        idle = [
+            ("top_k", top_k, 2),
+            ("score", score, "softmax"),
+            ("normalize_top_k", normalize_top_k, True),
+            ("correction_bias", correction_bias, False),
+        ]
         for argument, value, default in idle:
             if router is not None and value != default:
                 raise TEDError(
@@ -98,7 +105,9 @@ class MoE(nn.Module, ExpertParallelLayer):
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
         self.experts = Experts(num_experts, d_model, d_ff, activation, bias)
-        self.router = TopKRouter(d_model, num_experts, top_k, score, normalize_top_k) if router is None else router
+        if router is None:
+            router = TopKRouter(d_model, num_experts, top_k, score, normalize_top_k, correction_bias)
+        self.router = router
         self.shared_expert = shared_expert
         self.axes: MoEAxes | None = None
         self._statistics: RoutingStatistics | None = None

@@ -31,8 +31,12 @@ class TopKRouter(nn.Module):
         score: ``"softmax"`` over all experts, or an independent ``"sigmoid"`` of each logit.
         normalize_top_k: Divide a token's weights by their sum. A single weight is never normalised, its
             weight being the only path of a gradient to the router.
+        correction_bias: Keep a bias of each expert's score, ``e_score_correction_bias``, which has a part in the choice of experts
+            and none in their weights; it has no gradient, and is moved by ``ExpertBiasBalancing`` (arXiv 2408.15664).
 
     """
+
+    e_score_correction_bias: Tensor | None
 
     def __init__(
         self,
@@ -41,6 +45,7 @@ class TopKRouter(nn.Module):
         top_k: int = 2,
         score: Literal["softmax", "sigmoid"] = "softmax",
         normalize_top_k: bool = True,
+        correction_bias: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(top_k, int) or not 1 <= top_k <= num_experts:
@@ -52,10 +57,13 @@ class TopKRouter(nn.Module):
         self.score = score
         self.normalize_top_k = normalize_top_k and top_k > 1
         self.weight = nn.Parameter(torch.empty(num_experts, d_model))
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts) if correction_bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialise as :class:`torch.nn.Linear` does."""
+        if self.e_score_correction_bias is not None:
+            nn.init.zeros_(self.e_score_correction_bias)
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
 
@@ -70,11 +78,15 @@ class TopKRouter(nn.Module):
             else:
                 chosen_TE = logits_TE.sigmoid()
                 scores_TE = _normalized(chosen_TE)
-            expert_TK = keep_choice(lambda: chosen_TE.detach().topk(self.top_k, dim=-1).indices)
+            expert_TK = keep_choice(lambda: self._choose(chosen_TE.detach()))
             weight_TK = chosen_TE.gather(-1, expert_TK)
             if self.normalize_top_k:
                 weight_TK = _normalized(weight_TK)
         return Routing(expert_TK, weight_TK, scores_TE, logits_TE)
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        bias_E = self.e_score_correction_bias
+        return (scores_TE if bias_E is None else scores_TE + bias_E).topk(self.top_k, dim=-1).indices
 
     def extra_repr(self) -> str:
         return f"num_experts={self.num_experts}, top_k={self.top_k}, score={self.score}"

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ted import TEDStrategy
+from lightning_ted.callbacks import ExpertBiasBalancing
+from lightning_ted.callbacks.balancing import correction_biases
 from lightning_ted.errors import LayoutError, PlanError
 from lightning_ted.moe.losses import expert_counts
 from lightning_ted.strategy.sizes import resolve_sizes
@@ -200,3 +202,18 @@ def test_experts_that_do_not_divide_are_refused() -> None:
         LayoutError, match="`expert_parallel_size=4` does not divide the 6 experts of MoE layer 'model.model"
     ):
         resolve_sizes(Language(num_local_experts=6), 4, 4, 1, 4, None, "expert_first", "auto")
+
+
+# -- balancing -------------------------------------------------------------------------------------------------------------
+
+
+def _biases(layout: str, batch_size: int) -> dict[str, Tensor]:
+    run = trainer(layout, max_epochs=2, max_steps=3, callbacks=[ExpertBiasBalancing(0.01)])
+    run.fit(module := Language("deepseek_v3", num_key_value_heads=4, head_dim=4), _tokens(batch_size))
+    return {name: bias.clone() for name, bias in correction_biases(module).items()}
+
+
+def test_the_biases_of_a_family_that_has_them_are_moved(pools: Pools) -> None:
+    (want,) = pools(1).run(_biases, "tp1", 8)
+    assert len(want) == 2 and all(bias.abs().max() > 0 for bias in want.values())
+    assert_same_everywhere([want, *pools(4).run(_biases, "tp2 ep2", 4)])

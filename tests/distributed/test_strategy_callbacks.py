@@ -17,11 +17,23 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_ted.errors import UnsupportedError
+from lightning_ted import MoE
+from lightning_ted.callbacks import ExpertBiasBalancing
+from lightning_ted.errors import TEDError, UnsupportedError
 from tests.support.pool import Pools
-from tests.support.runs import Numbered, Toy, assert_close, assert_same_everywhere, loader, trainer, whole_weights
+from tests.support.runs import (
+    FEATURES,
+    Numbered,
+    Toy,
+    assert_close,
+    assert_same_everywhere,
+    loader,
+    trainer,
+    whole_weights,
+)
 
 
 class _Unfreezes(BaseFinetuning):
@@ -149,3 +161,51 @@ def _timed() -> int:
 
 def test_time_limit_stops_all_ranks_at_the_same_step(pools: Pools) -> None:
     assert len(set(pools(4).run(_timed))) == 1
+
+
+# -- balancing -------------------------------------------------------------------------------------------------------------
+
+
+class _Skewed(Toy):
+    """Begins with a router that prefers one expert."""
+
+    def __init__(self) -> None:
+        super().__init__("sgd", lr=0.0)
+        self.net.moe = MoE(FEATURES, 16, 4, top_k=1, score="sigmoid", aux_loss_coef=0.0, correction_bias=True)
+        with torch.no_grad():
+            self.net.moe.router.weight[2] += self.net.moe.router.weight.abs().sum() * torch.ones(FEATURES)
+
+
+def _balanced(layout: str, batch_size: int, accumulate: int) -> tuple[Tensor, float, float]:
+    module = _Skewed()
+    options = {"max_epochs": 20, "accumulate_grad_batches": accumulate, "callbacks": [ExpertBiasBalancing(0.02)]}
+    run = trainer(layout, **options)
+    run.fit(module, loader(batch_size))
+    before, after = _Skewed(), module
+    loads = []
+    for one in (before, after):
+        layer = one.net.moe
+        router = layer.router
+        chosen = router(Numbered().x.to(router.weight.dtype)).expert_TK.reshape(-1)
+        loads.append(float(chosen.bincount(minlength=4).max()) / 8)
+    return after.net.moe.router.e_score_correction_bias.clone(), *loads
+
+
+def test_biases_even_out_the_load_of_all_ranks(pools: Pools) -> None:
+    (want, before, after), *_ = pools(1).run(_balanced, "one", 32, 1)
+    assert before > 2 and after < 0.8 * before
+    for layout, batch_size, accumulate in (("tp2 ep2", 16, 1), ("ep4", 8, 1), ("ep4", 4, 2)):
+        for got, *_ in pools(4).run(_balanced, layout, batch_size, accumulate):
+            assert torch.equal(got, want), layout
+
+
+def _without_a_bias() -> str:
+    try:
+        trainer("tp2", callbacks=[ExpertBiasBalancing()]).fit(Toy(), loader())
+    except TEDError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_without_biases_is_refused(pools: Pools) -> None:
+    assert all("finds no router with a score-correction bias in Toy" in text for text in pools(2).run(_without_a_bias))

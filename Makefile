@@ -22,8 +22,9 @@ lint: venv
 typecheck: venv
 	$(BIN)/mypy
 
+# Two files at a time: the tests of one share its processes.
 test: lint typecheck
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 format: venv
 	$(BIN)/ruff check --fix .

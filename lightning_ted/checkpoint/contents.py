@@ -281,8 +281,12 @@ def require_checkpoint(path: object, data: Any) -> dict[str, Any]:
 def collect_rest(
     checkpoint: Mapping[str, Any], names: Names, collector: Collector, masters_of: MastersOf
 ) -> dict[str, Any]:
-    """The rest of a checkpoint as plain data; tensors of the shape of this rank's part of a parameter are collected."""
+    """The rest of a checkpoint as plain data; tensors of the shape of this rank's part of a parameter are collected.
 
+    Raises:
+        CheckpointError: If it already holds what stands for such a tensor.
+
+    """
     taken: set[str] = set()
 
     def visit(path: str, tensor: Tensor, layout: ParamLayout) -> Any:
@@ -295,6 +299,10 @@ def collect_rest(
         return {_STANDS_FOR: path, _PARAMETER: layout.name}
 
     rest = {key: value for key, value in checkpoint.items() if key not in (STATE_DICT, OPTIMIZER_STATES)}
+    if (name := next(stand_ins(rest), None)) is not None:
+        raise CheckpointError(
+            f"A part of another checkpoint, with '{name}' in it, cannot be saved as plain data: leave it out."
+        )
     return names.visit(rest, visit)
 
 

@@ -176,9 +176,15 @@ class Saver:
         if not background:
             write(contents, final, self.group)
             return
-        plain = self.group is None or dist.get_rank(self.group) == 0
-        contents, self._room = agreed(lambda: contents.stage(self._room, plain), self.group)
-        self._pending = self._executor.submit(write, contents, final, self.group)
+        is_first = self.group is None or dist.get_rank(self.group) == 0
+
+        def stage() -> tuple[Contents, Tensor | None]:
+            if is_first:
+                final.parent.mkdir(parents=True, exist_ok=True)  # the caller may put a link to it there at once
+            return contents.stage(self._room, is_first)
+
+        staged, self._room = agreed(stage, self.group)
+        self._pending = self._executor.submit(write, staged, final, self.group)
         self._pending.add_done_callback(_tell)
 
     @cached_property

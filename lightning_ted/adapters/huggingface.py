@@ -11,7 +11,8 @@ recorder of router logits and auxiliary loss are the model's own, and none of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -174,6 +175,22 @@ def _named_models(root: nn.Module) -> list[tuple[str, Any]]:
         if not inside and hasattr(module, "set_experts_implementation"):
             found.append((name, module))
     return found
+
+
+def initialisers_of(root: nn.Module) -> dict[int, Callable[[], object]]:
+    """What gives the modules of the library's models, by their ``id``, their first values: the innermost model around each."""
+    found: dict[int, Callable[[], object]] = {}
+    for model in root.modules():
+        if hasattr(model, "set_experts_implementation"):
+            found |= {id(module): partial(_initialise, model, module) for module in model.modules()}
+    return found
+
+
+def _initialise(model: Any, module: Any) -> None:
+    model._init_weights(module)
+    own = getattr(type(module), "reset_parameters", None)
+    if own is not None and not own.__module__.startswith(("torch.", "transformers.")):
+        module.reset_parameters()  # a layer of the user's in such a model
 
 
 # -- plans -----------------------------------------------------------------------------------------------------------------

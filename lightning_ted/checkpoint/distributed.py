@@ -102,9 +102,11 @@ def write(contents: Contents, final: Path, group: Group) -> None:
     except (CheckpointError, CheckpointException) as error:
         # Gone before anybody goes on.
         by_first(lambda: shutil.rmtree(folder, ignore_errors=True), group)
-        raise CheckpointError(
-            f"'{final}' could not be written ({reason_of(error)}); nothing has been changed."
-        ) from error
+        raise _not_written(final, error) from error
+
+
+def _not_written(final: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(f"'{final}' could not be written ({reason_of(error)}); nothing has been changed.")
 
 
 def _finish(contents: Contents, folder: Path, final: Path, sums: dict[str, FileSum]) -> None:
@@ -179,8 +181,11 @@ class Saver:
         is_first = self.group is None or dist.get_rank(self.group) == 0
 
         def stage() -> tuple[Contents, Tensor | None]:
-            if is_first:
-                final.parent.mkdir(parents=True, exist_ok=True)  # the caller may put a link to it there at once
+            try:
+                if is_first:
+                    final.parent.mkdir(parents=True, exist_ok=True)  # the caller may put a link to it there at once
+            except OSError as error:
+                raise _not_written(final, error) from error
             return contents.stage(self._room, is_first)
 
         staged, self._room = agreed(stage, self.group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -46,6 +46,7 @@ def materialise(
     seed: int,
     device: torch.device | None,
     placed: Mapping[str, tuple[int, ...]] | None = None,
+    reset: Callable[[], object] | None = None,
 ) -> None:
     """Initialise the tensors of ``module`` itself, from numbers that depend on nothing but ``seed`` and ``name``.
 
@@ -57,13 +58,14 @@ def materialise(
         seed: The same on every rank.
         device: Where the tensors are to live; None for the CPU.
         placed: Which of them have been placed already, perhaps cut, with the shapes that they had whole.
+        reset: What initialises it; None for its ``reset_parameters``.
 
     Raises:
         UnsupportedError: If it has no ``reset_parameters``, or one that leaves a tensor without values.
 
     """
     title = f"'{name}' ({type(module).__name__})" if name else type(module).__name__
-    reset = getattr(module, "reset_parameters", None)
+    reset = reset or getattr(module, "reset_parameters", None)
     if reset is None:
         raise UnsupportedError(
             f"{title} was built without storage (`init_module(empty_init=True)`) and has no "
@@ -81,7 +83,7 @@ def materialise(
         torch.utils.swap_tensors(tensor, whole)
         versions[leaf] = tensor._version
     cuda = [device] if device is not None and device.type == "cuda" else []
-    with _kept(valued, placed or {}), torch.random.fork_rng(devices=cuda):
+    with _kept(valued, placed or {}), torch.random.fork_rng(devices=cuda), torch.no_grad():
         torch.manual_seed((seed + zlib.crc32(name.encode())) % 2**63)
         reset()
     for leaf, tensor in own_tensors(module):

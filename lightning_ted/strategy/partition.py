@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ted.adapters import adopt
+from lightning_ted.adapters import adopt, initialisers, load_pretrained
 from lightning_ted.collectives.primitives import broadcast_
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import Cut, Family, ParamLayout
@@ -170,6 +170,8 @@ def _place_all(
         for leaf, _ in own_tensors(child)
     ]
     names = {name for name, _, _ in named}
+    read = load_pretrained(module, cuts, mesh, device)
+    resets = initialisers(module)
     unmatched = set(cuts) - names
     if unmatched:
         raise PlanError(
@@ -184,14 +186,17 @@ def _place_all(
         tensor = getattr(child, leaf)
         if tensor.is_meta:
             seed = common_seed(mesh, device) if seed is None else seed
-            materialise(child, name.rpartition(".")[0], seed, device, _whole_shapes(child, known))
+            shapes = _whole_shapes(child, known) | _read_shapes(child, read)
+            materialise(child, name.rpartition(".")[0], seed, device, shapes, resets.get(id(child)))
             tensor = getattr(child, leaf)
         owner = _owner(tensor, child)
         key = _key(owner, name)
         layout, home = known.get(key), homes.setdefault(key, child)
         if layout is None:
-            layout = _layout(name, tensor, cuts, record, before.get(name))
-            _place(tensor, layout, mesh, device)
+            shape = read.get(id(tensor), tuple(tensor.shape))
+            layout = _layout(name, shape, cuts, record, before.get(name))
+            if id(tensor) not in read:
+                _place(tensor, layout, mesh, device)
             known[key] = layout
         elif layout.name in names and (name not in before or _key(owners_before[name], name) != key):
             # Its own style may have been applied in an earlier pass, to the parameter that it had then.
@@ -209,6 +214,11 @@ def _whole_shapes(module: nn.Module, known: Mapping[tuple[int, str], ParamLayout
     """Of a module's own tensors that have been placed, the shapes that they had whole."""
     keys = {leaf: _key(_owner(tensor, module), leaf) for leaf, tensor in own_tensors(module)}
     return {leaf: known[key].global_shape for leaf, key in keys.items() if key in known}
+
+
+def _read_shapes(module: nn.Module, read: Mapping[int, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Of a module's own tensors whose parts have been read from files, the shapes of the whole ones."""
+    return {leaf: read[id(tensor)] for leaf, tensor in own_tensors(module) if id(tensor) in read}
 
 
 def _key(owner: object, name: str) -> tuple[int, str]:
@@ -293,13 +303,15 @@ def _family(name: str, cuts: tuple[Cut, ...], partial: set[str]) -> Family:
     return "dense"
 
 
-def _layout(name: str, tensor: Tensor, cuts: Cuts, record: PartitionRecord, before: ParamLayout | None) -> ParamLayout:
-    """The layout of a new tensor; ``before``: of the one that had its name."""
+def _layout(
+    name: str, shape: tuple[int, ...], cuts: Cuts, record: PartitionRecord, before: ParamLayout | None
+) -> ParamLayout:
+    """The layout of a new tensor of this (whole) shape; ``before``: of the one that had its name."""
     if name not in cuts and before is not None and before.cuts:
         # Its module is the same, so it has to lie as the one before it.
-        if tuple(tensor.shape) not in (before.global_shape, before.local_shape):
+        if shape not in (before.global_shape, before.local_shape):
             raise LayoutError(
-                f"'{name}' has been replaced by a parameter of shape {tuple(tensor.shape)}, where {before.global_shape} "
+                f"'{name}' has been replaced by a parameter of shape {shape}, where {before.global_shape} "
                 f"(whole) or {before.local_shape} (this rank's part) is wanted. Replace it in `__init__` or `configure_model`."
             )
         return before
@@ -309,7 +321,7 @@ def _layout(name: str, tensor: Tensor, cuts: Cuts, record: PartitionRecord, befo
     copies = record.topology.world_size
     for cut in own:
         copies //= cut.degree
-    return ParamLayout(name, tuple(tensor.shape), own, family, copies)
+    return ParamLayout(name, shape, own, family, copies)
 
 
 def _place(tensor: Tensor, layout: ParamLayout, mesh: TEDMesh, device: torch.device | None) -> None:

@@ -163,11 +163,11 @@ def adopt_experts(root: nn.Module) -> None:
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward_experts)
     for module in found:
         module.__dict__[ATTRIBUTE] = HuggingFaceExperts(module)
-    for _, model in _named_models(root):
+    for _, model in named_models(root):
         model.set_experts_implementation(IMPLEMENTATION)
 
 
-def _named_models(root: nn.Module) -> list[tuple[str, Any]]:
+def named_models(root: nn.Module) -> list[tuple[str, Any]]:
     """The outermost models of the library, by name."""
     found: list[tuple[str, Any]] = []
     for name, module in root.named_modules():
@@ -240,7 +240,7 @@ def plan_of(root: nn.Module) -> dict[str, str]:
 
     """
     plan: dict[str, str] = {}
-    for name, model in _named_models(root):
+    for name, model in named_models(root):
         own = dict(model.tp_plan or {})
         base = "" if model.base_model is model else f"{model.base_model_prefix}."
         for pattern, style in PLANS.get(model.config.model_type, {}).items():

@@ -1,8 +1,9 @@
-"""Callbacks that watch a run, and one that evens out the loads of experts."""
+"""Callbacks that watch a run, even out the loads of experts, and write models for other libraries."""
 
 from lightning_ted.callbacks.balancing import ExpertBiasBalancing
 from lightning_ted.callbacks.communication import CommunicationMonitor
 from lightning_ted.callbacks.expert_load import ExpertLoadMonitor
+from lightning_ted.callbacks.export import HuggingFaceExport
 from lightning_ted.callbacks.throughput import TokenThroughput
 
-__all__ = ["CommunicationMonitor", "ExpertBiasBalancing", "ExpertLoadMonitor", "TokenThroughput"]
+__all__ = ["CommunicationMonitor", "ExpertBiasBalancing", "ExpertLoadMonitor", "HuggingFaceExport", "TokenThroughput"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from lightning_ted.errors import CheckpointError
 
 SUFFIX = ".safetensors"
 INDEX = f"model{SUFFIX}.index.json"
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 #: Under which key a file notes what a directory has in its manifest.
 _INFO = "lightning_ted"
@@ -94,6 +97,19 @@ def read_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str
     return tensors, aliases, info
 
 
+def bytes_of(size: str) -> int:
+    """Bytes of a size such as 500MB, 5GB or 2GiB.
+
+    Raises:
+        CheckpointError: If it is no size.
+
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?b)?", size.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) <= 0:
+        raise CheckpointError(f"`max_shard_size={size}` is no size of a file; write it as 500MB, 5GB or 2GiB.")
+    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
+
+
 def plan_shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Which tensors go into which file, in order.
 
@@ -136,17 +152,34 @@ def write_shards(
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, 1):
-        name = f"model{SUFFIX}" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}{SUFFIX}"
+        name = name_of(number, len(shards))
         tensors = tensors_of(names)
         write_shard(folder / name, tensors, aliases, info)
         weight_map.update(dict.fromkeys(names, name))
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        with (folder / INDEX).open("w") as file:
-            json.dump(index, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
+        write_index(folder, weight_map, total)
+
+
+def name_of(number: int, count: int) -> str:
+    """The name of the ``number``-th (from 1) of ``count`` files of a folder."""
+    return f"model{SUFFIX}" if count == 1 else f"model-{number:05d}-of-{count:05d}{SUFFIX}"
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total: int) -> None:
+    """Write, to disk, in which file each tensor of a folder is.
+
+    Args:
+        folder: The folder.
+        weight_map: The file of each tensor.
+        total: Bytes of all tensors.
+
+    """
+    index = {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}
+    with (folder / INDEX).open("w") as file:
+        json.dump(index, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_shard(file: Path, tensors: dict[str, Tensor], aliases: Mapping[str, str], info: Mapping[str, Any]) -> None:

@@ -18,7 +18,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ted.checkpoint import directory
+from lightning_ted.adapters.export import INFO as HUGGINGFACE
+from lightning_ted.adapters.export import described_models, write_pretrained
+from lightning_ted.checkpoint import directory, shards
 from lightning_ted.checkpoint.contents import (
     OPTIMIZER_STATES,
     OWN,
@@ -70,15 +72,49 @@ class SavingStrategy(SteppingStrategy):
         path = self.broadcast(filepath)
         local = _compat.local_path(path)
         self._saver_now().wait()
-        if self._training is not None:
-            self._training.wait_for_weights()
-            self._training.update_masters()
+        self._finish_weights()
         if self._save_distributed:
             if local is None or storage_options is not None or type(self.checkpoint_io) is not TorchCheckpointIO:
                 raise self._refusal(path, local, storage_options)
             self._saver_now().save(self._contents(checkpoint), local, self._goes_on(local))
         else:
             self._save_file(checkpoint, path, local, storage_options)
+
+    def save_pretrained(
+        self,
+        path: _PATH,
+        model_name: str | None = None,
+        dtype: torch.dtype | None = None,
+        max_shard_size: str = "5GB",
+    ) -> None:
+        """Write a model of Hugging Face's transformers for ``from_pretrained``: safetensors, index and configuration.
+
+        A collective: every rank calls it, while the Trainer runs or after it has. No process ever holds the model: it goes to disk
+        part by part, and the ranks share the layers out. The tokenizer is the caller's to save.
+
+        Args:
+            path: A folder; the model in it is replaced once the new one has been written.
+            model_name: Under which attribute the LightningModule holds the model, if it holds several.
+            dtype: Of floating-point weights; None leaves those that are trained (in mixed precision, the float32 ones).
+            max_shard_size: How large a file may be, such as 500MB or 5GB.
+
+        Raises:
+            CheckpointError: On every rank, if there is no such model, or it could not be written.
+
+        """
+        limit, path = shards.bytes_of(max_shard_size), self.broadcast(path)
+        local = _compat.local_path(path)
+        if local is None:
+            raise self._refusal(path, local, None)
+        self._saver_now().wait()
+        self._finish_weights()
+        contents = self._contents({STATE_DICT: self.lightning_module_state_dict()})
+        write_pretrained(contents, local, self.mesh.host_group(), model_name, dtype, limit)
+
+    def _finish_weights(self) -> None:
+        if self._training is not None:
+            self._training.wait_for_weights()
+            self._training.update_masters()
 
     def _goes_on(self, path: Path) -> bool:
         """Whether training goes on while a checkpoint is written. Not if this process may end as soon as there is one."""
@@ -137,9 +173,10 @@ class SavingStrategy(SteppingStrategy):
 
     def _info(self, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         """What the manifest tells of a checkpoint."""
-        topology = self.topology
+        topology, module = self.topology, self.lightning_module
+        assert module is not None
         return {
-            "model": type(self.lightning_module).__name__,
+            "model": type(module).__name__,
             "global_step": checkpoint.get("global_step"),
             "epoch": checkpoint.get("epoch"),
             "time": time.time(),
@@ -156,6 +193,7 @@ class SavingStrategy(SteppingStrategy):
             if OPTIMIZER_STATES in checkpoint
             else [],
             "versions": {"torch": str(torch.__version__), "lightning": lightning.__version__},
+            HUGGINGFACE: described_models(module),
         }
 
     def _save_file(

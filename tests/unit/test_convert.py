@@ -291,8 +291,8 @@ def test_a_checkpoint_is_not_written_over_or_into_itself(written: Path, out: str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_shard_size": "many"}, "`--max-shard-size many` is no size of a file; write it as 500MB"),
-        ({"max_shard_size": "0GB"}, "`--max-shard-size 0GB` is no size"),
+        ({"max_shard_size": "many"}, "`max_shard_size=many` is no size of a file; write it as 500MB"),
+        ({"max_shard_size": "0GB"}, "`max_shard_size=0GB` is no size"),
         ({"out": "x.safetensors", "to": "file"}, r"let its name end in \.ckpt"),
         ({"source": "nowhere"}, "There is no checkpoint 'nowhere'"),
     ],

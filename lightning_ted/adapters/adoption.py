@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lightning_ted.adapters.huggingface import adopt_experts, initialisers_of, plan_of
+from lightning_ted.adapters.huggingface import adopt_experts, initialisers_of, named_models, plan_of
 
 
 def adopt(module: nn.Module) -> None:
@@ -27,3 +27,8 @@ def foreign_plan(module: nn.Module) -> dict[str, str]:
 def initialisers(module: nn.Module) -> dict[int, Callable[[], object]]:
     """Of modules (by their ``id``) that foreign models initialise, what does it."""
     return initialisers_of(module)
+
+
+def foreign_models(module: nn.Module) -> list[str]:
+    """The qualified names of models whose layers are not this package's, nor the user's."""
+    return [name for name, _ in named_models(module)]

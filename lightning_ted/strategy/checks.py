@@ -13,6 +13,7 @@ from torch import nn, optim
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from lightning_ted.adapters import foreign_models
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
@@ -77,6 +78,21 @@ def refuse_idle_sizes(
     if sequence_parallel:
         raise PlanError(
             f"`sequence_parallel=True` finds no tensor-parallel layers in {name}; {plan}, or set `sequence_parallel=False`."
+        )
+
+
+def refuse_foreign_sequences(module: nn.Module, topology: Topology, sequence_parallel: bool) -> None:
+    """Refuse to split the activations of models whose layers are not made for it.
+
+    Raises:
+        UnsupportedError: Naming the model.
+
+    """
+    names = foreign_models(module) if sequence_parallel and topology.tensor > 1 else []
+    if names:
+        raise UnsupportedError(
+            f"`sequence_parallel=True` splits tokens between the layers of '{names[0]}', a model of Hugging Face's transformers, which "
+            "computes positions and masks of all of them; set `sequence_parallel=False`."
         )
 
 

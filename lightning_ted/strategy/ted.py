@@ -201,6 +201,7 @@ class TEDStrategy(LoadingStrategy):
 
     def _refuse_idle_sizes(self, module: pl.LightningModule, topology: Topology) -> dict[str, Style]:
         styles = module_styles(module, self._options.plan)
+        checks.refuse_foreign_sequences(module, topology, self._options.sequence_parallel)
         checks.refuse_idle_sizes(
             module, styles, topology, self._expert_tensor_parallel_size, self._options.sequence_parallel
         )

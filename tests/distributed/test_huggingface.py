@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_ted import TEDStrategy
 from lightning_ted.callbacks import ExpertBiasBalancing
 from lightning_ted.callbacks.balancing import correction_biases
-from lightning_ted.errors import LayoutError, PlanError
+from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.moe.losses import expert_counts
 from lightning_ted.strategy.sizes import resolve_sizes
 from tests.support.pool import Pools
@@ -202,6 +202,21 @@ def test_experts_that_do_not_divide_are_refused() -> None:
         LayoutError, match="`expert_parallel_size=4` does not divide the 6 experts of MoE layer 'model.model"
     ):
         resolve_sizes(Language(num_local_experts=6), 4, 4, 1, 4, None, "expert_first", "auto")
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["__init__", "configure_model"])
+def test_splitting_their_tokens_between_layers_is_refused(pools: Pools, late: bool) -> None:
+    for message in pools(2).run(_split, late):
+        assert "`sequence_parallel=True` splits tokens between the layers of 'model'" in message
+
+
+def _split(late: bool) -> str:
+    strategy = TEDStrategy(tensor_parallel_size=2, sequence_parallel=True)
+    with pytest.raises(UnsupportedError) as error:
+        L.Trainer(strategy=strategy, accelerator="cpu", devices=2, logger=False, max_steps=1).fit(
+            Language(late=late), _tokens(4)
+        )
+    return str(error.value)
 
 
 # -- balancing -------------------------------------------------------------------------------------------------------------

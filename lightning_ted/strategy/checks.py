@@ -91,7 +91,7 @@ def refuse_foreign_sequences(module: nn.Module, topology: Topology, sequence_par
     names = foreign_models(module) if sequence_parallel and topology.tensor > 1 else []
     if names:
         raise UnsupportedError(
-            f"`sequence_parallel=True` splits tokens between the layers of '{names[0]}', a model of Hugging Face's transformers, which "
+            f"`sequence_parallel=True` splits tokens between the layers of '{names[0]}', a model of transformers, which "
             "computes positions and masks of all of them; set `sequence_parallel=False`."
         )
 

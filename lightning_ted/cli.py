@@ -5,6 +5,10 @@ from the command line::
 
     lightning-ted fit --config configs/quickstart.yaml --trainer.max_steps 100
 
+``verify`` takes the settings of ``fit``, and shows that its layout computes what one process does::
+
+    lightning-ted verify --config configs/quickstart.yaml
+
 ``convert`` and ``inspect`` take the arguments of functions, and their help from the docstrings::
 
     lightning-ted inspect lightning_logs/version_0/checkpoints/last.ckpt
@@ -34,7 +38,9 @@ def main() -> None:
     from lightning_ted.errors import TEDError
 
     try:
-        if sys.argv[1:2] in (["convert"], ["inspect"]):
+        if sys.argv[1:2] == ["verify"]:
+            _run_verify()
+        elif sys.argv[1:2] in (["convert"], ["inspect"]):
             _run_command(sys.argv[1], sys.argv[2:])
         else:
             _run_lightning()
@@ -42,12 +48,22 @@ def main() -> None:
         raise SystemExit(f"lightning-ted: error: {error}") from error
 
 
-def _run_lightning() -> None:
+def _find_users_modules() -> None:
     # A console script finds modules beside itself, not in the working directory, where the user's model is;
     # `python -m lightning_ted` does, and both should take the same YAML.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
 
+
+def _run_verify() -> None:
+    _find_users_modules()
+    from lightning_ted.verify.command import run
+
+    raise SystemExit(run())
+
+
+def _run_lightning() -> None:
+    _find_users_modules()
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
     import lightning_ted  # noqa: F401  (registers the strategy "ted")
@@ -57,7 +73,7 @@ def _run_lightning() -> None:
 
         def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
             subcommands = super().add_subcommands(*args, **kwargs)
-            for name in ("convert", "inspect"):
+            for name in ("verify", "convert", "inspect"):
                 parser = _parser_of(name)
                 subcommands.add_subcommand(name, parser, help=parser.description)
             return subcommands
@@ -78,6 +94,10 @@ def _function_of(name: str) -> Callable[..., None]:
         from lightning_ted.convert import convert
 
         return convert
+    if name == "verify":
+        from lightning_ted.verify.command import verify_config
+
+        return verify_config
     from lightning_ted.inspection import inspect
 
     return inspect

@@ -22,3 +22,7 @@ class UnsupportedError(TEDError):
 
 class CheckpointError(TEDError):
     """A checkpoint that is missing something, or does not fit the model."""
+
+
+class VerificationError(TEDError):
+    """A module that does not compute under a layout what it computes in one process, or that could not be run."""

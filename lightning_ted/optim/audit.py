@@ -7,7 +7,7 @@ tensor rank. Nothing fails: the ranks' copies drift apart. So gradients are comp
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class ReplicaAudit:
 
     Attributes:
         is_pending: Whether there may be something to compare.
+        tell: Called with the names of parameters whose gradients differ; by default, it raises a :class:`PlanError`.
 
     """
 
@@ -50,6 +51,7 @@ class ReplicaAudit:
         self._signatures: dict[str, Tensor] = {}
         self._largest: Tensor | None = None  # norm so far
         self.is_pending = False
+        self.tell: Callable[[list[str]], object] = _refuse
 
     def expect_more(self) -> None:
         """To be called when parameters have come."""
@@ -68,12 +70,7 @@ class ReplicaAudit:
 
     @torch.no_grad()
     def compare(self, named_parameters: Mapping[str, Parameter]) -> None:
-        """Compare what was noted in this pass; every rank calls it with the same parameters.
-
-        Raises:
-            PlanError: If tensor ranks disagree.
-
-        """
+        """Compare what was noted in this pass; every rank calls it with the same parameters. Where they differ, it is told."""
         names = [name for name in named_parameters if self.wants(name)]
         if not names:
             self.is_pending = False
@@ -98,12 +95,16 @@ class ReplicaAudit:
             self._looks[name] += _PATIENCE if seen else 1
         guilty = [name for name, bad in zip(names, verdict[0], strict=True) if bad]
         if guilty:
-            raise PlanError(
-                f"Parameters that are replicated over the tensor ranks got different gradients on them: {', '.join(guilty)}. They "
-                "see split features, so each rank holds only a part of their gradient. Add them to the plan: "
-                f"`tensor_parallel_plan={{..., '{guilty[0]}': 'replicated_with_grad_allreduce'}}`. (If all of them are listed, the "
-                "tensor ranks may be reading different batches.)"
-            )
+            self.tell(guilty)
+
+
+def _refuse(guilty: list[str]) -> None:
+    raise PlanError(
+        f"Parameters that are replicated over the tensor ranks got different gradients on them: {', '.join(guilty)}. They "
+        "see split features, so each rank holds only a part of their gradient. Add them to the plan: "
+        f"`tensor_parallel_plan={{..., '{guilty[0]}': 'replicated_with_grad_allreduce'}}`. (If all of them are listed, the "
+        "tensor ranks may be reading different batches.)"
+    )
 
 
 def _signature(parameter: Parameter) -> Tensor:

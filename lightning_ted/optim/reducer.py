@@ -65,6 +65,7 @@ class GradientReducer:
         wide_gradients: Accumulate and reduce the gradients of 16-bit weights in fp32.
 
     Attributes:
+        audit: Compares the gradients of replicated parameters in the first passes.
         passes: How many times gradients have been reduced.
         sent_early: Bytes of gradients in buckets whose reduction was started while the last pass's backward still ran.
         sent: Bytes of gradients in all of its buckets.
@@ -84,7 +85,7 @@ class GradientReducer:
         self._expert_duplicates = expert_duplicates
         self._frees = zero_stage > 1
         self._wide = wide_gradients
-        self._audit = ReplicaAudit(mesh, layouts)
+        self.audit = ReplicaAudit(mesh, layouts)
         self._buckets: list[Bucket] = []
         self._names: dict[int, str] = {}
         self._hooks: list[Any] = []
@@ -146,7 +147,7 @@ class GradientReducer:
                     hook = partial(self._on_gradient, made[-1], index)
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(hook))
         self._buckets += made
-        self._audit.expect_more()
+        self.audit.expect_more()
         return made
 
     def _make_bucket(
@@ -221,8 +222,8 @@ class GradientReducer:
         self._arrivals += 1
         self._last_arrival[bucket] = self._arrivals
         name = self._names[id(parameter)]
-        if self._audit.wants(name):
-            self._audit.look(name, parameter)
+        if self.audit.wants(name):
+            self.audit.look(name, parameter)
         while self._next < self._regular and not self._order[self._next].missing:
             self.sent_early += self._start(self._order[self._next])
             self._next += 1
@@ -249,9 +250,9 @@ class GradientReducer:
         self._in_pass = False
         for bucket in self._order[self._next : self._regular]:
             self._start(bucket)
-        if self._audit.is_pending:
+        if self.audit.is_pending:
             trained = (p for bucket in self._active for p in bucket.parameters if p.requires_grad)
-            self._audit.compare({self.name_of(parameter): parameter for parameter in trained})
+            self.audit.compare({self.name_of(parameter): parameter for parameter in trained})
         presence = _Presence(self._mesh, self._order, [self._completion(bucket) for bucket in self._order])
         for bucket in self._order[self._regular :]:
             if any(presence.local[bucket]) or any(presence.everywhere(bucket)):

@@ -97,6 +97,17 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+#: Those that say with what a strategy runs, not how a module is laid out.
+OF_THE_TRAINER = {
+    "accelerator",
+    "parallel_devices",
+    "cluster_environment",
+    "checkpoint_io",
+    "precision_plugin",
+    "process_group_backend",
+}
+
+
 def check_arguments(arguments: Mapping[str, Any]) -> None:
     """See that the constructor's arguments are of their kinds and go together; sizes are checked with the world that they divide.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -23,7 +24,7 @@ from lightning_ted.optim.options import TrainingOptions
 from lightning_ted.recompute import CheckpointMode, RecomputeOptions, check_blocks, checkpoint_blocks
 from lightning_ted.strategy import _compat, checks, data, metrics
 from lightning_ted.strategy._compat import is_overridden
-from lightning_ted.strategy.arguments import check_arguments
+from lightning_ted.strategy.arguments import OF_THE_TRAINER, check_arguments
 from lightning_ted.strategy.batchnorm import synchronize_layers
 from lightning_ted.strategy.buffers import synchronize_buffers
 from lightning_ted.strategy.hints import add_hint
@@ -33,6 +34,9 @@ from lightning_ted.strategy.registry import NAME
 from lightning_ted.strategy.sizes import check_reuse, module_styles, resolve_sizes
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import RankOrder, Topology
+
+if TYPE_CHECKING:
+    from lightning_ted.verify import VerificationReport
 
 
 class TEDStrategy(LoadingStrategy):
@@ -118,7 +122,9 @@ class TEDStrategy(LoadingStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = _compat.default_pg_timeout,
     ) -> None:
-        check_arguments(locals())
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        check_arguments(arguments)
+        self._arguments = arguments
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -151,6 +157,32 @@ class TEDStrategy(LoadingStrategy):
         self._described = False
         self._moe_layers: list[ExpertParallelLayer] = []
 
+    def verify(self, module: pl.LightningModule, batch: Any, **options: Any) -> VerificationReport:
+        """Whether a module computes under this layout what it computes in one process, found out on local CPU processes.
+
+        The same as :func:`lightning_ted.verify.verify`, with this strategy's arguments.
+
+        Args:
+            module: In float32; small enough for so many copies of it on this machine. It is not changed.
+            batch: As ``training_step`` gets it, of all data ranks together.
+            **options: ``processes``, ``tolerance``, ``seed``, ``timeout`` and ``trainer_options``.
+
+        Returns:
+            A report, to be printed, or asked for ``ok``.
+
+        Raises:
+            TEDError: If the module cannot be run so.
+
+        """
+        from lightning_ted.verify import verify  # which imports this module
+
+        return verify(module, batch, self.again, **options)
+
+    @property
+    def again(self) -> Callable[[], TEDStrategy]:
+        """Makes a new strategy of the same layout and options."""
+        return partial(TEDStrategy, **{k: value for k, value in self._arguments.items() if k not in OF_THE_TRAINER})
+
     # -- mesh and partition ----------------------------------------------------------------------------------------------
 
     @override
@@ -175,7 +207,20 @@ class TEDStrategy(LoadingStrategy):
         data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)
 
     def _resolve(self, module: pl.LightningModule | None) -> Topology:
-        world_size = self.num_nodes * self.num_processes
+        return self.resolve(module, self.num_nodes * self.num_processes, self.num_processes)
+
+    def resolve(self, module: pl.LightningModule | None, world_size: int, ranks_per_node: int) -> Topology:
+        """How so many ranks would be arranged.
+
+        Args:
+            module: The module, as far as it has been built; None where there is none yet.
+            world_size: Number of ranks.
+            ranks_per_node: Of them, on each node.
+
+        Raises:
+            LayoutError, PlanError: If the sizes do not fit the ranks, or the module.
+
+        """
         asked = (self._tensor_parallel_size, self._expert_parallel_size, self._expert_tensor_parallel_size)
         mesh = mesh_of(module)
         if mesh is not None:
@@ -185,7 +230,7 @@ class TEDStrategy(LoadingStrategy):
         topology = resolve_sizes(
             module,
             world_size,
-            self.num_processes,
+            ranks_per_node,
             *asked,
             self._rank_order,
             self._options.plan,
@@ -196,7 +241,7 @@ class TEDStrategy(LoadingStrategy):
             check_blocks(module, self._recompute, self._recomputed_blocks)
         if self._options.dispatcher == "hierarchical":
             for ranks in topology.groups("expert"):
-                topology.node_groups("expert", ranks[0], self.num_processes)
+                topology.node_groups("expert", ranks[0], ranks_per_node)
         return topology
 
     def _refuse_idle_sizes(self, module: pl.LightningModule, topology: Topology) -> dict[str, Style]:

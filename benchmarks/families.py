@@ -97,7 +97,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "flint": {},
     "qwen3_5_moe_text": _HYBRID,
     "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 64},
+    # Those with adapters of their own.
+    "llama4_text": {"intermediate_size_mlp": 32, "interleave_moe_layer_step": 1, "use_qk_norm": False},
+    "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4, "zero_expert_num": 4, "expert_ffn_hidden_size": 16}
+    | {"ffn_hidden_size": 32, "moe_topk": 3},
+    "step3p7": {"mlp_layer_types": ["dense", "sparse"], "swiglu_limits": [None, 0.05], "share_expert_dim": 16},
 }
+#: Of those that the library has no language model of, the class to take: it returns hidden states.
+_CLASSES = {"step3p7": "Step3p7TextModel"}
 
 #: Tensor, expert and expert-tensor degree on so many processes.
 LAYOUTS = {2: ((1, 2, 1), (2, 1, 2)), 4: ((2, 2, 2), (2, 4, 1))}
@@ -106,13 +113,15 @@ TOKENS = (4, 8)
 
 def build(kind: str) -> nn.Module:
     """A small model of a family, without a constant in it."""
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
     configuration = type(AutoConfig.for_model(kind).get_text_config())
     known = vars(configuration())
     options = {key: value for key, value in SMALL.items() if key in known} | FAMILIES[kind]
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(configuration(**options), attn_implementation="eager")
+    make = getattr(transformers, _CLASSES[kind])._from_config if kind in _CLASSES else AutoModelForCausalLM.from_config
+    model = make(configuration(**options), attn_implementation="eager")
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -143,8 +152,12 @@ class Difference:
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and the mean loss of the next token."""
-    logits = model(input_ids=tokens, use_cache=False).logits
+    """Logits (without a head, hidden states) and the mean loss of the next token (or of some direction)."""
+    outputs = model(input_ids=tokens, use_cache=False)
+    if not hasattr(outputs, "logits"):
+        hidden = outputs.last_hidden_state
+        return hidden.detach(), (hidden * torch.linspace(-1, 1, hidden.shape[-1])).mean()
+    logits = outputs.logits
     return logits.detach(), nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 

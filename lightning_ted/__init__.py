@@ -11,6 +11,7 @@ from lightning_ted.strategy.registry import register_lazily
 
 if TYPE_CHECKING:
     from lightning_ted.adapters import from_pretrained as from_pretrained
+    from lightning_ted.adapters import register_moe_adapter as register_moe_adapter
     from lightning_ted.callbacks import CommunicationMonitor as CommunicationMonitor
     from lightning_ted.callbacks import ExpertLoadMonitor as ExpertLoadMonitor
     from lightning_ted.callbacks import TokenThroughput as TokenThroughput
@@ -34,6 +35,7 @@ _HOME = {
     "TokenThroughput": "lightning_ted.callbacks",
     "Topology": "lightning_ted.topology",
     "from_pretrained": "lightning_ted.adapters",
+    "register_moe_adapter": "lightning_ted.adapters",
 }
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "auxiliary_loss",
     "expert_counts",
     "from_pretrained",
+    "register_moe_adapter",
 ]
 
 

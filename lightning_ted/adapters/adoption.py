@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from lightning_ted.adapters import families  # noqa: F401  (registers them)
 from lightning_ted.adapters.huggingface import adopt_experts, initialisers_of, named_models, plan_of
+from lightning_ted.adapters.registry import adopt_registered
 
 
 def adopt(module: nn.Module) -> None:
@@ -16,6 +18,7 @@ def adopt(module: nn.Module) -> None:
         UnsupportedError: If a block's experts cannot be shared out.
 
     """
+    adopt_registered(module)
     adopt_experts(module)
 
 

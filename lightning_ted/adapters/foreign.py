@@ -30,7 +30,12 @@ class ForeignExperts(ExpertParallelLayer):
     Args:
         num_experts: Number of experts.
 
+    Attributes:
+        may_choose_none: Whether a token may choose the number of experts itself, which is none.
+
     """
+
+    may_choose_none = False
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -86,7 +91,7 @@ class ForeignExperts(ExpertParallelLayer):
     def _routing(self, expert_TK: Tensor, weight_TK: Tensor) -> Routing:
         # Scores and logits are the block's own business.
         nothing = weight_TK.new_empty((0, self.num_experts))
-        return Routing(expert_TK, weight_TK, nothing, nothing)
+        return Routing(expert_TK, weight_TK, nothing, nothing, self.may_choose_none)
 
     def _note(self, routing: Routing) -> None:
         if in_backward():

@@ -31,6 +31,8 @@ from lightning_ted.topology import Topology
 #: The name under which the library calls experts of this package.
 IMPLEMENTATION = "ted"
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+#: The library's class, and torch's.
+_SILU = ("SiLUActivation", "SiLU")
 _AS_IT_IS = Activation(lambda hidden: hidden, lambda grad, hidden: grad)
 
 
@@ -64,12 +66,15 @@ class HuggingFaceExperts(ForeignExperts):
         d_model, d_ff = down.shape[1:] if not module.is_transposed else reversed(down.shape[1:])
         self._d_model, self._d_ff = int(d_model), int(d_ff)
         self._post_norm: bool = getattr(module, "has_post_expert_norm", False)
+        gate = getattr(type(module), "_apply_gate", None)
+        is_plain = gate is None or gate.__name__ == "_default_apply_gate"
         self._is_swiglu = (
-            module.has_gate
-            and module.is_concatenated
-            and type(module)._apply_gate.__name__ == "_default_apply_gate"
-            and isinstance(module.act_fn, nn.SiLU)
+            module.has_gate and module.is_concatenated and is_plain and type(module.act_fn).__name__ in _SILU
         )
+        if module.has_gate and gate is None and not self._is_swiglu:
+            raise UnsupportedError(
+                f"{kind} has gates of another kind than swiglu, and no `_apply_gate` that says which."
+            )
         self._transposed: bool = module.is_transposed
         self._biased: bool = module.has_bias
         # Interleaved, a gate and its value are neighbours: consecutive features belong together, and are cut as one block.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -148,7 +148,9 @@ def loss_of(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return logits.detach(), nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def compare(kind: str, tensor: int, expert: int, expert_tensor: int) -> Difference:
+def compare(
+    kind: str, tensor: int, expert: int, expert_tensor: int, build: Callable[[str], nn.Module] = build
+) -> Difference:
     """What one rank of a layout makes of its share of a batch, beside what one process makes of all of it."""
     from lightning_ted.mesh import TEDMesh
     from lightning_ted.optim.options import TrainingOptions

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lightning_ted.adapters.huggingface import adopt_experts, initialisers_of, named_models, plan_of
+from lightning_ted.adapters.peft import lora_layers
 
 
 def adopt(module: nn.Module) -> None:
@@ -16,6 +17,10 @@ def adopt(module: nn.Module) -> None:
         UnsupportedError: If a block's experts cannot be shared out.
 
     """
+    if lora_layers() is not None:
+        from lightning_ted.adapters.lora_experts import adopt_adapted_experts
+
+        adopt_adapted_experts(module)
     adopt_experts(module)
 
 

@@ -149,7 +149,12 @@ def loss_of(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compare(
-    kind: str, tensor: int, expert: int, expert_tensor: int, build: Callable[[str], nn.Module] = build
+    kind: str,
+    tensor: int,
+    expert: int,
+    expert_tensor: int,
+    build: Callable[[str], nn.Module] = build,
+    sequence_parallel: bool = False,
 ) -> Difference:
     """What one rank of a layout makes of its share of a batch, beside what one process makes of all of it."""
     from lightning_ted.mesh import TEDMesh
@@ -166,7 +171,7 @@ def compare(
     topology = Topology(dist.get_world_size(), tensor, expert, expert_tensor)
     mesh = TEDMesh(topology)
     model = build(kind)
-    options = PartitionOptions()
+    options = PartitionOptions(sequence_parallel=sequence_parallel)
     layouts = partition_module(model, mesh, options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     here = torch.device("cpu")

@@ -180,6 +180,9 @@ def adopt_experts(root: nn.Module) -> None:
         module.__dict__[ATTRIBUTE] = HuggingFaceExperts(module)
     for _, model in named_models(root):
         model.set_experts_implementation(IMPLEMENTATION)
+    for module in found:
+        # A copy (peft's, of modules that are trained in whole) has a configuration of its own.
+        module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
 
 
 def named_models(root: nn.Module) -> list[tuple[str, Any]]:

@@ -50,13 +50,13 @@ class AdaptedExperts(HuggingFaceExperts):
         for wrapper in wrappers:
             if wrapper.parameter_name not in (self._up, "down_proj"):
                 raise UnsupportedError(
-                    f"`target_parameters` names '{wrapper.parameter_name}' of {type(experts).__name__}; experts can have adapters for "
-                    f"'{self._up}' and 'down_proj' only."
+                    f"`target_parameters` names '{wrapper.parameter_name}' of {type(experts).__name__}; experts can have "
+                    f"adapters for '{self._up}' and 'down_proj' only."
                 )
             if not (self._transposed or getattr(wrapper, "_did_swap_in_out_features", False)):
                 raise UnsupportedError(
-                    f"The adapters of {type(experts).__name__} take its inputs for its outputs, as peft made them before 0.19. Make them "
-                    "with a later one."
+                    f"The adapters of {type(experts).__name__} take its inputs for its outputs, as peft made them before 0.19. "
+                    "Make them with a later one."
                 )
         self._adapters = [
             ("base_layer." * depth, wrapper.parameter_name, {name: wrapper.r[name] for name in wrapper.lora_A})
@@ -72,14 +72,14 @@ class AdaptedExperts(HuggingFaceExperts):
         for prefix, name, ranks in self._adapters:
             across = own[name][1]
             for adapter, r in ranks.items():
-                first = (Cut(0, "expert", degree, (experts * r,)),)
-                second = (Cut(1, "expert", degree, (experts,) * r),)
+                first = [Cut(0, "expert", degree, (experts * r,))]
+                second = [Cut(1, "expert", degree, (experts,) * r)]
                 if name == self._up:
-                    second += (Cut(0, "expert_tensor", across.degree, across.blocks),)
+                    second.append(Cut(0, "expert_tensor", across.degree, across.blocks))
                 else:
-                    first += (Cut(1, "expert_tensor", across.degree, across.blocks),)
-                cuts[f"{prefix}lora_A.{adapter}.weight"] = first
-                cuts[f"{prefix}lora_B.{adapter}.weight"] = second
+                    first.append(Cut(1, "expert_tensor", across.degree, across.blocks))
+                cuts[f"{prefix}lora_A.{adapter}.weight"] = tuple(first)
+                cuts[f"{prefix}lora_B.{adapter}.weight"] = tuple(second)
         return cuts
 
     @override
@@ -117,11 +117,11 @@ class AdaptedExperts(HuggingFaceExperts):
 class AdaptedParameter(ParamWrapper):
     """A wrapper of peft's that leaves its products to the layer of the outermost one."""
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **kwargs: Any
     ) -> Tensor:
         """As the experts inside: ``[T, D]``, ``[T, K]`` and ``[T, K]`` to ``[T, D]``."""
-        self._check_forward_args(hidden_states, *args, **kwargs)
+        self._check_forward_args(hidden_states, **kwargs)
         for wrapper in _chain(self)[:-1]:
             if wrapper.disable_adapters and wrapper.merged:
                 wrapper.unmerge()
@@ -135,10 +135,11 @@ class AdaptedParameter(ParamWrapper):
             UnsupportedError: If only a part of the experts is here.
 
         """
-        if self.lora_A[adapter_name].weight.shape[0] != self.r[adapter_name] * self.num_experts:
+        first: Any = self.lora_A[adapter_name]
+        if first.weight.shape[0] != self.r[adapter_name] * self.num_experts:
             raise UnsupportedError(
-                f"Adapter '{adapter_name}' holds the factors of this rank's experts only, and cannot be merged into their weights. Load "
-                "the checkpoint in one process, and merge there."
+                f"Adapter '{adapter_name}' holds the factors of this rank's experts only, and cannot be merged into their weights. "
+                "Load the checkpoint in one process, and merge there."
             )
         return super().get_delta_weight(adapter_name, *args, **kwargs)
 
@@ -150,6 +151,7 @@ def adopt_adapted_experts(root: nn.Module) -> None:
         UnsupportedError: If there are some that cannot be.
 
     """
+    _refuse_own_experts(root)
     inner = {id(module.base_layer) for module in root.modules() if _is_wrapper(module)}
     for name, module in root.named_modules():
         if not _is_wrapper(module) or id(module) in inner or ATTRIBUTE in module.__dict__:
@@ -159,8 +161,8 @@ def adopt_adapted_experts(root: nn.Module) -> None:
             continue
         if getattr(experts.__dict__.get(ATTRIBUTE), "axes", None) is not None:
             raise UnsupportedError(
-                f"The experts '{name}' got adapters after they had been shared out, so these have the shapes of one rank's part. Call "
-                "peft in `__init__` or `configure_model`."
+                f"The experts '{name}' got adapters after they had been shared out, so these have the shapes of one rank's part. "
+                "Call peft in `__init__` or `configure_model`."
             )
         others = [type(wrapper).__name__ for wrapper in wrappers if type(wrapper) is not ParamWrapper]
         if others:
@@ -172,15 +174,14 @@ def adopt_adapted_experts(root: nn.Module) -> None:
         for wrapper in wrappers:
             wrapper.__class__ = AdaptedParameter
         module.__dict__[ATTRIBUTE] = layer
-    _refuse_own_experts(root)
 
 
 def _refuse_own_experts(root: nn.Module) -> None:
     for name, module in root.named_modules():
         if isinstance(module, MoE) and _is_wrapper(module.experts):
             raise UnsupportedError(
-                f"`target_parameters` names weights of the experts of '{name}', a `MoE` of this package, which cannot have adapters. "
-                "Give them to its dense layers only, by `target_modules`, or train the experts whole, by `modules_to_save`."
+                f"`target_parameters` names weights of the experts of '{name}', a `MoE` of this package, which cannot have "
+                "adapters. Give them to dense layers only, by `target_modules`, or train the experts whole, by `modules_to_save`."
             )
 
 

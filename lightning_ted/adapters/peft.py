@@ -5,10 +5,15 @@ A layer ``X`` with adapters is ``X.base_layer`` beside products of two factors, 
 Note [Cutting low-rank factors]
 Beside a column-parallel base, ``lora_B [out, r]`` is cut as the base is and ``lora_A [r, in]`` is whole: what ``lora_A`` makes is
 the same on every tensor rank, so it is handed over to the shards of ``lora_B``, whose backward sums its gradient over them (r
-features wide), and ``lora_A`` gets its whole gradient on each rank. Beside a row-parallel base, ``lora_A`` is cut over its input as
-the base is, its partial products (again r wide) are summed, and ``lora_B`` is whole. With sequence parallelism, the same collectives
-gather and scatter tokens, and the factor that is whole sees split tokens, as all whole weights there. Where a base makes whole
-features of whole features (``colwise_gather_output``, ``rowwise_split_input``), both factors stay whole, and nothing is sent.
+features wide), and ``lora_A`` gets its whole gradient on each rank. Beside a row-parallel base, ``lora_A`` is cut over its input
+as the base is, its partial products (again r wide) are summed, and ``lora_B`` is whole. With sequence parallelism, the same
+collectives gather and scatter tokens, and the factor that is whole sees split tokens, as all whole weights there. Where a base
+makes whole features of whole features (``colwise_gather_output``, ``rowwise_split_input``), both factors stay whole, and nothing
+is sent.
+
+Note [Dropout of adapters]
+Dropout of a whole input draws the numbers that all tensor ranks draw, though the layer before it has begun this rank's own stream;
+dropout of split features draws this rank's own, though the layer before it has ended that stream.
 """
 
 from __future__ import annotations
@@ -82,9 +87,9 @@ def check_adapters(root: nn.Module, styles: Mapping[str, Style]) -> None:
         if style.name in _BASE_ONLY | _FACTOR.keys() and isinstance(module, lora.LoraLayer):
             kinds = _variants(module) or {type(module).__name__}
             raise UnsupportedError(
-                f"'{name}' has adapters of the kind {', '.join(sorted(kinds))}, which need whole weights, and the plan cuts it (style "
-                f"'{style.name}'). Use plain LoRA (`use_dora=False` and the like; `target_modules` for linear layers), leave the layer "
-                "out of the plan, or set `tensor_parallel_size=1`."
+                f"'{name}' has adapters of the kind {', '.join(sorted(kinds))}, which need whole weights, and the plan cuts it "
+                f"(style '{style.name}'). Use plain LoRA (`use_dora=False` and the like; `target_modules` for linear layers), leave "
+                "the layer out of the plan, or set `tensor_parallel_size=1`."
             )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.pool import Pools
 
 pytest.importorskip("peft")
@@ -30,7 +33,7 @@ def perturb(model: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora" in name:
+            if "lora" in name or "modules_to_save" in name:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
 
@@ -55,3 +58,59 @@ def test_adapters_train_like_one_process_with_peft_alone(pools: Pools, world: in
     for rows in pools(world).run(_compare, cases):
         for case, found in zip(cases, rows, strict=True):
             assert found.logits < 1e-6 and found.gradient < 1e-5 and found.norm < 1e-6, f"{case}: {found}"
+
+
+#: Dense adapters of other kinds: what `LoraConfig` is given.
+KINDS: dict[str, dict[str, Any]] = {
+    "rslora, biases": {"target_parameters": None, "use_rslora": True, "lora_bias": True, "bias": "all"},
+    "all but experts": {"target_parameters": None, "target_modules": "all-linear"},
+    "embedding and head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "copies": {"modules_to_save": ["lm_head", "gate", "o_proj"], "target_modules": ["q_proj", "k_proj"]},
+    "copied experts": {"modules_to_save": ["experts"], "target_parameters": None},
+    "first projection only": {"target_modules": None, "target_parameters": EXPERTS["qwen3_moe"][:1]},
+    "second projection only": {"target_modules": None, "target_parameters": EXPERTS["qwen3_moe"][1:]},
+}
+
+
+def _two_adapters(kind: str) -> nn.Module:
+    """Both in use and trained, of different ranks."""
+    from peft import LoraConfig
+
+    model: Any = adapted(kind)
+    model.add_adapter("other", LoraConfig(r=8, target_modules=ATTENTION[1:], target_parameters=EXPERTS[kind]))
+    model.base_model.set_adapter(["default", "other"])
+    return perturb(model)
+
+
+class Causal(TinyDecoder):
+    """Called as a model of transformers is."""
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:  # type: ignore[override]
+        return SimpleNamespace(logits=super().forward(input_ids))
+
+
+def _tiny(kind: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = Causal(TinyConfig(vocab=64, packed=kind == "packed"))
+    names = ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "head"]
+    return perturb(get_peft_model(model, LoraConfig(r=3, target_modules=names)))  # type: ignore[arg-type]
+
+
+def _compare_kinds() -> dict[str, Difference]:
+    found = {}
+    for name, options in KINDS.items():
+        found[name] = compare("qwen3_moe", 2, 1, 2, partial(adapted, **options))
+    found["biases of gpt_oss"] = compare("gpt_oss", 2, 2, 1, partial(adapted, bias="lora_only"))
+    found["two adapters"] = compare("qwen3_moe", 2, 1, 2, _two_adapters)
+    for kind in ("packed", "separate"):
+        for split in (False, True):
+            found[f"{kind}, sequence parallel {split}"] = compare(kind, 2, 2, 1, _tiny, split)
+    return found
+
+
+def test_every_kind_of_adapter_trains_like_one_process(pools: Pools) -> None:
+    for rank in pools(2).run(_compare_kinds):
+        for name, found in rank.items():
+            assert found.logits < 1e-6 and found.gradient < 1e-5 and found.norm < 1e-6, f"{name}: {found}"

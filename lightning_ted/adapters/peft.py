@@ -88,7 +88,7 @@ def check_adapters(root: nn.Module, styles: Mapping[str, Style]) -> None:
             kinds = _variants(module) or {type(module).__name__}
             raise UnsupportedError(
                 f"'{name}' has adapters of the kind {', '.join(sorted(kinds))}, which need whole weights, and the plan cuts it "
-                f"(style '{style.name}'). Use plain LoRA (`use_dora=False` and the like; `target_modules` for linear layers), leave "
+                f"(style '{style.name}'). Use plain LoRA (`use_dora=False` and the like; `target_modules` for layers), leave "
                 "the layer out of the plan, or set `tensor_parallel_size=1`."
             )
 

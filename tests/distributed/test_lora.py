@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_ted.strategy.partition import PartitionOptions
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.pool import Pools
+from tests.support.stacks import cut
 
 pytest.importorskip("peft")
 
@@ -114,3 +117,39 @@ def test_every_kind_of_adapter_trains_like_one_process(pools: Pools) -> None:
     for rank in pools(2).run(_compare_kinds):
         for name, found in rank.items():
             assert found.logits < 1e-6 and found.gradient < 1e-5 and found.norm < 1e-6, f"{name}: {found}"
+
+
+def _dropout() -> tuple[dict[str, list[list[bool]]], list[Tensor], float]:
+    """Zeros of dropout by what it is drawn on, gradients of first factors beside columns, and what is drawn afterwards."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(7)
+    options = LoraConfig(r=3, lora_dropout=0.5, target_modules=["q_proj", "v_proj", "o_proj"])
+    model = perturb(get_peft_model(TinyDecoder(TinyConfig(dropout=0.5)), options)).train()  # type: ignore[arg-type]
+    block = cut(model, PartitionOptions()).base_model.model.blocks[0]  # type: ignore[union-attr, index]
+    kinds = {(2, 6, 16): "whole", (2, 6, 8): "split", (2, 2, 6, 6): "heads"}
+    found: dict[str, list[list[bool]]] = {kind: [] for kind in kinds.values()}
+    original = F.dropout
+
+    def spy(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        mask = original(torch.ones_like(x), p, training)
+        found[kinds[tuple(x.shape)]].append((mask == 0).flatten().tolist())
+        return x * mask
+
+    F.dropout = spy  # type: ignore[assignment]
+    try:
+        block(torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(1))).square().sum().backward()  # type: ignore[operator]
+    finally:
+        F.dropout = original  # type: ignore[assignment]
+    grads = [p.grad for name, p in block.named_parameters() if "lora_A" in name and "o_proj" not in name]  # type: ignore[union-attr]
+    return found, grads, torch.rand(1).item()  # type: ignore[return-value]
+
+
+def test_dropout_of_adapters_agrees_on_whole_inputs_and_differs_on_split_ones(pools: Pools) -> None:
+    (first, grads, after), (second, others, after_too) = pools(2).run(_dropout)
+    assert {kind: len(masks) for kind, masks in first.items()} == {"whole": 4, "split": 1, "heads": 1}
+    assert first["whole"] == second["whole"] and after == after_too
+    assert first["split"] != second["split"] and first["heads"] != second["heads"]
+    assert len(grads) == 2
+    for one, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(one, other)

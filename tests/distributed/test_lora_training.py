@@ -136,7 +136,10 @@ def _frozen() -> tuple[list[str], list[int], int, int]:
     share: Any = optimizer.sharded  # type: ignore[attr-defined]
     wrong = [name for name, p in frozen.items() if p.grad is not None or p in set(share.parameters)]
     state = sum(
-        value.numel() for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value) and value.dim()
+        value.numel()
+        for entry in optimizer.state.values()
+        for value in entry.values()
+        if torch.is_tensor(value) and value.dim()
     )
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert frozen and all("lora" not in name for name in frozen)
@@ -149,7 +152,9 @@ def test_frozen_weights_cost_no_gradient_state_or_product(pools: Pools) -> None:
         # In each of two layers and for each of two projections: the rows' gradient through the weight, and through each factor
         # that and the factor's own. The weights' own would be one more.
         assert products == [2 * 2 * (1 + 2 + 2)] * 2
-        assert state <= 2 * trained  # Adam's averages; a whole factor's are shared out over data ranks, of which there is one
+        assert (
+            state <= 2 * trained
+        )  # Adam's averages; a whole factor's are shared out over data ranks, of which there is one
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------------
@@ -179,7 +184,9 @@ def _continued(path: Path, options: dict[str, Any]) -> tuple[dict[str, Tensor], 
     straight = _weights(TP2EP2, 2, **options)
     run = _fit(TP2EP2, 1, saved=path, **options)
     names = _names_in(path)
-    assert {n.removeprefix("model.") for n in names} == {n for n, p in run.lightning_module.model.named_parameters() if p.requires_grad}
+    assert {n.removeprefix("model.") for n in names} == {
+        n for n, p in run.lightning_module.model.named_parameters() if p.requires_grad
+    }
     return straight, _weights(TP2EP2, 2, resumed=path, **options)
 
 

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ted.strategy.partition import PartitionOptions
+from lightning_ted.errors import UnsupportedError
+from lightning_ted.mesh import TEDMesh
+from lightning_ted.strategy.partition import PartitionOptions, partition_module
+from lightning_ted.topology import Topology
 from tests.support.models import TinyConfig, TinyDecoder
 from tests.support.pool import Pools
 from tests.support.stacks import cut
@@ -117,6 +120,30 @@ def test_every_kind_of_adapter_trains_like_one_process(pools: Pools) -> None:
     for rank in pools(2).run(_compare_kinds):
         for name, found in rank.items():
             assert found.logits < 1e-6 and found.gradient < 1e-5 and found.norm < 1e-6, f"{name}: {found}"
+
+
+def _late() -> list[str]:
+    """What is said of adapters that are made when layers, or experts, have been cut."""
+    from peft import LoraConfig, get_peft_model
+
+    messages = []
+    for options, topology in (
+        ({"target_modules": ["q_proj"]}, Topology(2, 2)),
+        ({"target_modules": None, "target_parameters": EXPERTS["qwen3_moe"]}, Topology(2, 1, 2)),
+    ):
+        root = nn.ModuleDict({"model": build("qwen3_moe")})
+        partition_module(root, mesh := TEDMesh(topology), PartitionOptions())
+        root["model"] = get_peft_model(root["model"], LoraConfig(r=4, **options))  # type: ignore[arg-type]
+        with pytest.raises(UnsupportedError) as caught:
+            partition_module(root, mesh, PartitionOptions())
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_adapters_that_come_too_late_are_refused(pools: Pools) -> None:
+    for dense, experts in pools(2).run(_late):
+        assert "self_attn.q_proj' got adapters after it had been cut" in dense and "`configure_model`" in dense
+        assert "mlp.experts' got adapters after they had been shared out" in experts and "`configure_model`" in experts
 
 
 def _dropout() -> tuple[dict[str, list[list[bool]]], list[Tensor], float]:

@@ -18,12 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_ted.adapters.huggingface import HuggingFaceExperts, is_experts
-from lightning_ted.collectives.tensor import copy_to_shards
+from lightning_ted.collectives.tensor import autocast_dtype, copy_to_shards
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.layout import Cut
 from lightning_ted.mesh import SINGLE
@@ -111,7 +112,9 @@ class AdaptedExperts(HuggingFaceExperts):
                     second = copy_to_shards(second, shards)
                 first_eRI = first.view(len(weight), -1, first.shape[1])
                 second_eOR = second.view(len(second), -1, len(weight)).permute(2, 0, 1).contiguous()
-                yield first_eRI, second_eOR, wrapper.scaling[adapter]
+                # Zeros make rows of r features a length that the grouped GEMM multiplies.
+                padding = -second_eOR.shape[2] % (16 // autocast_dtype(weight).itemsize)
+                yield F.pad(first_eRI, (0, 0, 0, padding)), F.pad(second_eOR, (0, padding)), wrapper.scaling[adapter]
 
 
 class AdaptedParameter(ParamWrapper):

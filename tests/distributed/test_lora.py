@@ -74,7 +74,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "copies": {"modules_to_save": ["lm_head", "gate", "o_proj"], "target_modules": ["q_proj", "k_proj"]},
     "copied experts": {"modules_to_save": ["experts"], "target_parameters": None},
     "first projection only": {"target_modules": None, "target_parameters": EXPERTS["qwen3_moe"][:1]},
-    "second projection only": {"target_modules": None, "target_parameters": EXPERTS["qwen3_moe"][1:]},
+    "second projection only": {"r": 3, "target_modules": None, "target_parameters": EXPERTS["qwen3_moe"][1:]},
 }
 
 

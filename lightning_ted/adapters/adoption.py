@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lightning_ted.adapters.huggingface import adopt_experts, initialisers_of, named_models, plan_of
-from lightning_ted.adapters.peft import lora_layers
+from lightning_ted.adapters.peft import initialisers_of_adapters, lora_layers
 
 
 def adopt(module: nn.Module) -> None:
@@ -30,8 +30,8 @@ def foreign_plan(module: nn.Module) -> dict[str, str]:
 
 
 def initialisers(module: nn.Module) -> dict[int, Callable[[], object]]:
-    """Of modules (by their ``id``) that foreign models initialise, what does it."""
-    return initialisers_of(module)
+    """Of modules (by their ``id``) that foreign models initialise, or adapters in them, what does it."""
+    return initialisers_of(module) | initialisers_of_adapters(module)
 
 
 def foreign_models(module: nn.Module) -> list[str]:

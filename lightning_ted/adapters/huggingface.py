@@ -200,7 +200,7 @@ def initialisers_of(root: nn.Module) -> dict[int, Callable[[], object]]:
     """What gives the modules of the library's models, by their ``id``, their first values: the innermost model around each."""
     found: dict[int, Callable[[], object]] = {}
     for model in root.modules():
-        if hasattr(model, "set_experts_implementation"):
+        if hasattr(type(model), "set_experts_implementation"):
             found |= {id(module): partial(_initialise, model, module) for module in model.modules()}
     return found
 

@@ -18,9 +18,12 @@ dropout of split features draws this rank's own, though the layer before it has 
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -91,6 +94,90 @@ def check_adapters(root: nn.Module, styles: Mapping[str, Style]) -> None:
                 f"(style '{style.name}'). Use plain LoRA (`use_dora=False` and the like; `target_modules` for layers), leave "
                 "the layer out of the plan, or set `tensor_parallel_size=1`."
             )
+
+
+def plain_name(name: str) -> str:
+    """The name that a layer, or a part of it, has where there are no adapters."""
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Take what peft has put around the layers of a model off, for a while."""
+    wrapped = [
+        (parent, leaf, child)
+        for parent in model.modules()
+        for leaf, child in parent._modules.items()
+        if _inner(child) is not None and _inner(parent) is None
+    ]
+    try:
+        for parent, leaf, child in wrapped:
+            base: Any = child
+            while (inner := _inner(base)) is not None:
+                base = inner
+            parent._modules[leaf] = base
+        yield
+    finally:
+        for parent, leaf, child in wrapped:
+            parent._modules[leaf] = child
+
+
+def _inner(module: nn.Module | None) -> nn.Module | None:
+    """What a wrapper of peft's is around; None if it is something else."""
+    if module is None or lora_layers() is None:
+        return None
+    return module._modules.get("original_module" if _is_copied(module) else "base_layer")
+
+
+def initialisers_of_adapters(root: nn.Module) -> dict[int, Callable[[], object]]:
+    """What gives adapters without storage, by the ``id`` of the module, the first values that peft would."""
+    found: dict[int, Callable[[], object]] = {}
+    lora = lora_layers()
+    for holder in root.modules() if lora is not None else ():
+        configs: Any = holder.__dict__.get("peft_config")
+        layers: list[Any] = list(holder.modules()) if isinstance(configs, Mapping) else []
+        for layer in layers:
+            if isinstance(layer, lora.LoraLayer):
+                for factors in (layer.lora_A, layer.lora_B):
+                    for adapter, module in factors.items():
+                        kind = getattr(configs.get(adapter), "init_lora_weights", True)
+                        is_first, r = factors is layer.lora_A, layer.r[adapter]
+                        found[id(module)] = partial(_initialise, module, is_first, r, kind)
+                found[id(layer.lora_embedding_A)] = partial(_fill, layer.lora_embedding_A, nn.init.zeros_)
+                found[id(layer.lora_embedding_B)] = partial(_fill, layer.lora_embedding_B, nn.init.normal_)
+            elif _is_copied(layer):
+                for module in layer.modules_to_save.modules():
+                    found[id(module)] = partial(_refuse_copy, module)
+    return found
+
+
+def _initialise(factor: Any, is_first: bool, r: int, kind: Any) -> None:
+    """As ``LoraLayer.reset_lora_parameters`` does."""
+    if kind is False:
+        factor.reset_parameters()
+    elif kind not in (True, "gaussian"):
+        raise UnsupportedError(
+            f"`init_lora_weights={kind!r}` looks at the weights of the model, which has been built without storage and has none "
+            "yet; use True or 'gaussian', or call peft on a model that has its weights."
+        )
+    elif not is_first:
+        _fill(factor, nn.init.zeros_)
+    elif kind is True:
+        nn.init.kaiming_uniform_(factor.weight, a=math.sqrt(5))
+    else:
+        nn.init.normal_(factor.weight, std=1 / r)
+
+
+def _fill(module: nn.Module, how: Callable[[Any], object]) -> None:
+    for parameter in module.parameters():
+        how(parameter)
+
+
+def _refuse_copy(module: nn.Module) -> None:
+    raise UnsupportedError(
+        f"`modules_to_save` has copied a {type(module).__name__} of a model that has been built without storage, before its "
+        "weights were there. Call peft on a model that has its weights, or leave `modules_to_save` out."
+    )
 
 
 def _module(root: nn.Module, name: str) -> Any:

@@ -123,7 +123,8 @@ class SavingStrategy(SteppingStrategy):
             raise self._refusal(path, local, None)
         self._saver_now().wait()
         self._finish_weights()
-        contents = self._contents({STATE_DICT: self.lightning_module_state_dict()})
+        # Whole, whatever checkpoints leave out.
+        contents = self._contents({STATE_DICT: super().lightning_module_state_dict()})
         write_pretrained(contents, local, self.mesh.host_group(), model_name, dtype, limit)
 
     def _finish_weights(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_ted import TEDStrategy
-from lightning_ted.errors import CheckpointError
+from lightning_ted import TEDStrategy, from_pretrained
+from lightning_ted.adapters.peft import plain_name
+from lightning_ted.errors import CheckpointError, UnsupportedError
 from lightning_ted.inspection import describe
 from tests.support.pool import Pools
-from tests.support.runs import assert_close, assert_same_everywhere, whole_weights
+from tests.support.runs import assert_close, assert_same_everywhere, trainer, whole_weights
 
 pytest.importorskip("peft")
 
-from tests.distributed.test_lora import adapted  # noqa: E402
+from benchmarks.families import build  # noqa: E402
+from tests.distributed.test_lora import ATTENTION, EXPERTS, adapted  # noqa: E402
 
 Run = tuple[dict[str, Tensor], "Adapted"]
 
@@ -215,6 +218,101 @@ def _missing(path: Path) -> list[str]:
         except (CheckpointError, RuntimeError) as error:
             messages.append(str(error))
     return messages
+
+
+class Frozen(Adapted):
+    """Part of a model is frozen, without adapters."""
+
+    def __init__(self) -> None:
+        L.LightningModule.__init__(self)
+        self.model, self.lr, self.products = build("qwen3_moe").train(), 0.01, []
+        self.model.get_input_embeddings().requires_grad_(False)
+
+
+def _exported(path: Path) -> dict[str, Tensor]:
+    run = _fit((2, 1, 2), 1, Frozen(), exclude_frozen_parameters=True)
+    assert "model.model.embed_tokens.weight" not in run.strategy.lightning_module_state_dict()
+    run.strategy.save_pretrained(path)  # type: ignore[attr-defined]
+    return whole_weights(run)
+
+
+def test_an_export_is_whole(pools: Pools, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    weights, _ = pools(2).run(_exported, tmp_path / "exported")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").state_dict()
+    assert_same_everywhere([weights, {f"model.{name}": tensor for name, tensor in read.items()}])
+
+
+# -- models without storage ------------------------------------------------------------------------------------------------
+
+
+class Read(L.LightningModule):
+    """Adapters of a model whose weights are read part by part."""
+
+    def __init__(self, folder: str, **options: Any) -> None:
+        super().__init__()
+        self.folder, self.options = folder, options
+
+    def configure_model(self) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        if not hasattr(self, "model"):
+            chosen = {"r": 4, "target_modules": ATTENTION, "target_parameters": EXPERTS["qwen3_moe"]} | self.options
+            self.model = get_peft_model(from_pretrained(AutoModelForCausalLM, self.folder), LoraConfig(**chosen))
+
+    test_step = training_step = Adapted.training_step
+    configure_optimizers = Adapted.configure_optimizers
+    lr = 0.01
+
+
+def _read(folder: str, options: dict[str, Any]) -> dict[str, Tensor] | str:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has no (weights|use) for")
+        run = trainer("tp2 ep2")
+        try:
+            run.test(Read(folder, **options), _tokens(2), verbose=False)
+        except UnsupportedError as error:
+            return str(error)
+    return whole_weights(run)
+
+
+def test_weights_below_adapters_are_read_part_by_part(pools: Pools, tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path)
+    want = build("qwen3_moe").state_dict()
+    for kind in (True, "gaussian"):
+        ranks = pools(4).run(_read, str(tmp_path), {"init_lora_weights": kind, "bias": "all"})
+        assert_same_everywhere(ranks)
+        factors = {name: tensor for name, tensor in ranks[0].items() if "lora" in name}
+        others = {plain_name(name): tensor for name, tensor in ranks[0].items() if "lora" not in name}
+        assert others.keys() == {f"model.base_model.model.{name}" for name in want}
+        for name, tensor in want.items():
+            assert torch.equal(others[f"model.base_model.model.{name}"], tensor), name
+        assert len(factors) == 2 * 2 * (4 + 2)
+        for name, tensor in factors.items():
+            assert ("lora_B" in name) == (float(tensor.abs().max()) == 0), name
+            if "lora_A" in name and kind == "gaussian":
+                assert 0.15 < float(tensor.std()) < 0.35, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"init_lora_weights": "orthogonal", "target_parameters": None},
+            "`init_lora_weights='orthogonal'` looks at the weights",
+        ),
+        ({"modules_to_save": ["lm_head"]}, "`modules_to_save` has copied a"),
+    ],
+    ids=["initialisation", "copy"],
+)
+def test_adapters_that_look_at_weights_which_are_not_there_are_refused(
+    pools: Pools, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path)
+    for found in pools(4).run(_read, str(tmp_path), options):
+        assert isinstance(found, str) and message in found
 
 
 # -- recomputation ---------------------------------------------------------------------------------------------------------

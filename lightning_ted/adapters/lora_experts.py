@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora import layer as lora
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -97,12 +97,17 @@ class AdaptedExperts(HuggingFaceExperts):
         *wrappers, experts = _chain(holder)
         weight: Tensor = getattr(experts, name)
         shards = SINGLE if self.axes is None else self.axes.expert_tensor
-        for wrapper in wrappers:
+        for wrapper, (_, _, ranks) in zip(wrappers, self._adapters, strict=True):
             if wrapper.parameter_name != name or wrapper.disable_adapters or wrapper.merged:
                 continue
             for adapter in wrapper.active_adapters:
                 if adapter not in wrapper.lora_A:
                     continue
+                if self.axes is not None and adapter not in ranks:
+                    raise UnsupportedError(
+                        f"Adapter '{adapter}' of {type(experts).__name__} was made after the experts had been shared out, so it "
+                        "holds the factors of all of them. Make it in `__init__` or `configure_model`."
+                    )
                 # As peft does: factors may be kept in another dtype than the weight.
                 first = wrapper.lora_A[adapter].weight.to(weight.dtype)
                 second = wrapper.lora_B[adapter].weight.to(weight.dtype)
@@ -117,8 +122,8 @@ class AdaptedExperts(HuggingFaceExperts):
                 yield F.pad(first_eRI, (0, 0, 0, padding)), F.pad(second_eOR, (0, padding)), wrapper.scaling[adapter]
 
 
-class AdaptedParameter(ParamWrapper):
-    """A wrapper of peft's that leaves its products to the layer of the outermost one."""
+class ParamWrapper(lora.ParamWrapper):
+    """A wrapper of peft's, which asks for it by this name, that leaves its products to the layer of the outermost one."""
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, **kwargs: Any
@@ -157,7 +162,9 @@ def adopt_adapted_experts(root: nn.Module) -> None:
     _refuse_own_experts(root)
     inner = {id(module.base_layer) for module in root.modules() if _is_wrapper(module)}
     for name, module in root.named_modules():
-        if not _is_wrapper(module) or id(module) in inner or ATTRIBUTE in module.__dict__:
+        layer: AdaptedExperts | None = module.__dict__.get(ATTRIBUTE)
+        # One that has not been placed is made anew: there may be more adapters now.
+        if not _is_wrapper(module) or id(module) in inner or (layer is not None and layer.axes is not None):
             continue
         *wrappers, experts = _chain(module)
         if not is_experts(experts):
@@ -167,7 +174,8 @@ def adopt_adapted_experts(root: nn.Module) -> None:
                 f"The experts '{name}' got adapters after they had been shared out, so these have the shapes of one rank's part. "
                 "Call peft in `__init__` or `configure_model`."
             )
-        others = [type(wrapper).__name__ for wrapper in wrappers if type(wrapper) is not ParamWrapper]
+        plain = (lora.ParamWrapper, ParamWrapper)
+        others = [type(wrapper).__name__ for wrapper in wrappers if type(wrapper) not in plain]
         if others:
             raise UnsupportedError(
                 f"The experts '{name}' have adapters of the kind {others[0]}; use LoRA: `LoraConfig(target_parameters=[...])`."
@@ -175,7 +183,7 @@ def adopt_adapted_experts(root: nn.Module) -> None:
         layer = AdaptedExperts(wrappers, experts)
         experts.__dict__.pop(ATTRIBUTE, None)  # no layer by itself any more
         for wrapper in wrappers:
-            wrapper.__class__ = AdaptedParameter
+            wrapper.__class__ = ParamWrapper
         module.__dict__[ATTRIBUTE] = layer
 
 

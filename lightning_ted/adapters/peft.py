@@ -29,6 +29,7 @@ from typing import Any
 from torch import nn
 
 from lightning_ted.errors import UnsupportedError
+from lightning_ted.tensor_parallel.embedding import VocabParallelEmbedding
 from lightning_ted.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from lightning_ted.tensor_parallel.plan import Beside, Style
 
@@ -204,21 +205,24 @@ def _variants(layer: Any) -> set[str]:
 
 def _of_layer(name: str, layer: Any, style: Style) -> dict[str, Style]:
     base = f"{name}.base_layer"
-    if style.name in _BASE_ONLY:
-        return {base: style}
-    if style.name not in _FACTOR:
+    if style.name not in _BASE_ONLY | _FACTOR.keys():
         return {name: style}
+    _refuse_late(name, layer)
     result = {base: style}
-    factor = _FACTOR[style.name]
-    for adapter, module in getattr(layer, factor).items():
-        _refuse_late(name, layer.base_layer, module)
+    factor = _FACTOR.get(style.name)
+    for adapter in getattr(layer, factor) if factor is not None else ():
         result[f"{name}.{factor}.{adapter}"] = replace(style, beside=Beside(base, f"{name}.lora_dropout.{adapter}"))
     return result
 
 
-def _refuse_late(name: str, base: nn.Module, factor: nn.Module) -> None:
-    is_cut = [isinstance(module, (ColumnParallelLinear, RowParallelLinear)) for module in (base, factor)]
-    if is_cut == [True, False]:
+def _refuse_late(name: str, layer: Any) -> None:
+    # Of a layer that was whole then, peft knows the whole sizes.
+    base = layer.base_layer
+    if (
+        (isinstance(base, ColumnParallelLinear) and layer.out_features == base.out_features)
+        or (isinstance(base, RowParallelLinear) and layer.in_features == base.in_features)
+        or (isinstance(base, VocabParallelEmbedding) and layer.in_features == base.num_embeddings)
+    ):
         raise UnsupportedError(
             f"'{name}' got adapters after it had been cut, so their factors have the shapes of one rank's part. Call peft in "
             "`__init__` or `configure_model`."

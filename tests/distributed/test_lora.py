@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_ted.adapters import adopt
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.strategy.partition import PartitionOptions, partition_module
@@ -78,14 +79,24 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _two_adapters(kind: str) -> nn.Module:
+def _two_adapters(kind: str, adopts: bool) -> nn.Module:
     """Both in use and trained, of different ranks."""
     from peft import LoraConfig
 
     model: Any = adapted(kind)
+    if adopts:
+        adopt(model)  # as before processes are started
     model.add_adapter("other", LoraConfig(r=8, target_modules=ATTENTION[1:], target_parameters=EXPERTS[kind]))
     model.base_model.set_adapter(["default", "other"])
     return perturb(model)
+
+
+def _injected(kind: str) -> nn.Module:
+    """Adapters inside a model that stays the outermost one."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    options = LoraConfig(r=4, target_modules=ATTENTION, target_parameters=EXPERTS[kind])
+    return perturb(inject_adapter_in_model(options, build(kind)))
 
 
 class Causal(TinyDecoder):
@@ -109,7 +120,9 @@ def _compare_kinds() -> dict[str, Difference]:
     for name, options in KINDS.items():
         found[name] = compare("qwen3_moe", 2, 1, 2, partial(adapted, **options))
     found["biases of gpt_oss"] = compare("gpt_oss", 2, 2, 1, partial(adapted, bias="lora_only"))
-    found["two adapters"] = compare("qwen3_moe", 2, 1, 2, _two_adapters)
+    found["injected"] = compare("qwen3_moe", 2, 1, 2, _injected)
+    for adopts in (False, True):
+        found[f"two adapters {adopts}"] = compare("qwen3_moe", 2, 1, 2, partial(_two_adapters, adopts=adopts))
     for kind in ("packed", "separate"):
         for split in (False, True):
             found[f"{kind}, sequence parallel {split}"] = compare(kind, 2, 2, 1, _tiny, split)
@@ -129,6 +142,7 @@ def _late() -> list[str]:
     messages = []
     for options, topology in (
         ({"target_modules": ["q_proj"]}, Topology(2, 2)),
+        ({"target_modules": ["embed_tokens"]}, Topology(2, 2)),
         ({"target_modules": None, "target_parameters": EXPERTS["qwen3_moe"]}, Topology(2, 1, 2)),
     ):
         root = nn.ModuleDict({"model": build("qwen3_moe")})
@@ -137,11 +151,19 @@ def _late() -> list[str]:
         with pytest.raises(UnsupportedError) as caught:
             partition_module(root, mesh, PartitionOptions())
         messages.append(str(caught.value))
-    return messages
+    model: Any = adapted("qwen3_moe")
+    partition_module(model, TEDMesh(Topology(2, 1, 2)), PartitionOptions())
+    model.add_adapter("other", LoraConfig(r=4, target_modules=ATTENTION, target_parameters=EXPERTS["qwen3_moe"]))
+    model.set_adapter("other")
+    with pytest.raises(UnsupportedError) as caught:
+        model(input_ids=torch.ones((1, 2), dtype=torch.int64))
+    return [*messages, str(caught.value)]
 
 
 def test_adapters_that_come_too_late_are_refused(pools: Pools) -> None:
-    for dense, experts in pools(2).run(_late):
+    for dense, embedding, experts, second in pools(2).run(_late):
+        assert "embed_tokens' got adapters after it had been cut" in embedding
+        assert "Adapter 'other' of Qwen3MoeExperts was made after the experts had been shared out" in second
         assert "self_attn.q_proj' got adapters after it had been cut" in dense and "`configure_model`" in dense
         assert "mlp.experts' got adapters after they had been shared out" in experts and "`configure_model`" in experts
 

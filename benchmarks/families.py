@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -161,7 +161,14 @@ def loss_of(model: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return logits.detach(), nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def compare(kind: str, tensor: int, expert: int, expert_tensor: int) -> Difference:
+def compare(
+    kind: str,
+    tensor: int,
+    expert: int,
+    expert_tensor: int,
+    build: Callable[[str], nn.Module] = build,
+    sequence_parallel: bool = False,
+) -> Difference:
     """What one rank of a layout makes of its share of a batch, beside what one process makes of all of it."""
     from lightning_ted.mesh import TEDMesh
     from lightning_ted.optim.options import TrainingOptions
@@ -177,7 +184,7 @@ def compare(kind: str, tensor: int, expert: int, expert_tensor: int) -> Differen
     topology = Topology(dist.get_world_size(), tensor, expert, expert_tensor)
     mesh = TEDMesh(topology)
     model = build(kind)
-    options = PartitionOptions()
+    options = PartitionOptions(sequence_parallel=sequence_parallel)
     layouts = partition_module(model, mesh, options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     here = torch.device("cpu")

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_ted.adapters import families  # noqa: F401  (registers them)
 from lightning_ted.adapters.huggingface import adopt_experts, initialisers_of, named_models, plan_of
+from lightning_ted.adapters.peft import initialisers_of_adapters, lora_layers
 from lightning_ted.adapters.registry import adopt_registered
 
 
@@ -19,6 +20,10 @@ def adopt(module: nn.Module) -> None:
 
     """
     adopt_registered(module)
+    if lora_layers() is not None:
+        from lightning_ted.adapters.lora_experts import adopt_adapted_experts
+
+        adopt_adapted_experts(module)
     adopt_experts(module)
 
 
@@ -28,8 +33,8 @@ def foreign_plan(module: nn.Module) -> dict[str, str]:
 
 
 def initialisers(module: nn.Module) -> dict[int, Callable[[], object]]:
-    """Of modules (by their ``id``) that foreign models initialise, what does it."""
-    return initialisers_of(module)
+    """Of modules (by their ``id``) that foreign models initialise, or adapters in them, what does it."""
+    return initialisers_of(module) | initialisers_of_adapters(module)
 
 
 def foreign_models(module: nn.Module) -> list[str]:

@@ -124,19 +124,32 @@ class HuggingFaceExperts(ForeignExperts):
     def compute(
         self, holder: nn.Module, rows_ND: Tensor, counts_e: Tensor, sizes_e: list[int] | None, is_read: bool
     ) -> Tensor:
-        module: Any = holder
+        module = self.experts_in(holder)
         groups = Groups(counts_e, rows_ND.shape[0], sizes_e)
         hidden_NH = groups.linear(rows_ND, self._lying(getattr(module, self._up)))
+        for first_eRI, second_eOR, scale in self.low_rank(holder, self._up):
+            hidden_NH = hidden_NH + groups.linear(groups.linear(rows_ND, first_eRI) * scale, second_eOR)
         hidden_NH = groups.bias(hidden_NH, getattr(module, f"{self._up}_bias") if self._biased else None)
         down = self._lying(module.down_proj)
-        if self._is_swiglu:
-            out_ND = groups.activated_linear(hidden_NH, ACTIVATIONS["swiglu"], down, is_read)
-        else:
-            active_NF = module._apply_gate(hidden_NH) if module.has_gate else module.act_fn(hidden_NH)
-            out_ND = groups.activated_linear(active_NF, _AS_IT_IS, down, is_read or self._post_norm)
+        is_read = is_read or self._post_norm
+        activation = ACTIVATIONS["swiglu"] if self._is_swiglu else _AS_IT_IS
+        if not self._is_swiglu:
+            hidden_NH = module._apply_gate(hidden_NH) if module.has_gate else module.act_fn(hidden_NH)
+        out_ND = groups.activated_linear(hidden_NH, activation, down, is_read)
+        for first_eRI, second_eOR, scale in self.low_rank(holder, "down_proj"):
+            low_NR = groups.activated_linear(hidden_NH, activation, first_eRI) * scale
+            out_ND = out_ND + groups.activated_linear(low_NR, _AS_IT_IS, second_eOR, is_read)
         shards = SINGLE if self.axes is None else self.axes.expert_tensor
         out_ND = groups.bias(out_ND, module.down_proj_bias if self._biased else None, shards)
         return module.post_expert_norm(out_ND) if self._post_norm else out_ND
+
+    def experts_in(self, holder: nn.Module) -> Any:
+        """The module that keeps the contract, in the one that the layer belongs to."""
+        return holder
+
+    def low_rank(self, holder: nn.Module, name: str) -> Iterable[tuple[Tensor, Tensor, float]]:
+        """What is multiplied beside a weight: pairs of factors ``[experts, r, in]`` and ``[experts, out, r]``, and scales."""
+        return ()
 
     def _lying(self, weight: Tensor) -> Tensor:
         """A weight as ``[experts, out, in]``."""
@@ -159,7 +172,9 @@ def adopt_experts(root: nn.Module) -> None:
         UnsupportedError: If there are some that cannot be.
 
     """
-    found = [module for module in root.modules() if is_experts(module) and ATTRIBUTE not in module.__dict__]
+    layers = [(module, module.__dict__.get(ATTRIBUTE)) for module in root.modules()]
+    taken = {id(layer.experts_in(module)) for module, layer in layers if isinstance(layer, HuggingFaceExperts)}
+    found = [module for module in root.modules() if is_experts(module) and id(module) not in taken]
     if not found:
         return
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -170,6 +185,9 @@ def adopt_experts(root: nn.Module) -> None:
         module.__dict__[ATTRIBUTE] = HuggingFaceExperts(module)
     for _, model in named_models(root):
         model.set_experts_implementation(IMPLEMENTATION)
+    for module in found:
+        # A copy (peft's, of modules that are trained in whole) has a configuration of its own.
+        module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]
 
 
 def named_models(root: nn.Module) -> list[tuple[str, Any]]:
@@ -177,7 +195,8 @@ def named_models(root: nn.Module) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, module in root.named_modules():
         inside = any(f"{name}.".startswith(f"{outer}." if outer else "") for outer, _ in found)
-        if not inside and hasattr(module, "set_experts_implementation"):
+        # Asked of the class: wrappers (peft's) hand on what they are asked for themselves.
+        if not inside and hasattr(type(module), "set_experts_implementation"):
             found.append((name, module))
     return found
 
@@ -186,7 +205,7 @@ def initialisers_of(root: nn.Module) -> dict[int, Callable[[], object]]:
     """What gives the modules of the library's models, by their ``id``, their first values: the innermost model around each."""
     found: dict[int, Callable[[], object]] = {}
     for model in root.modules():
-        if hasattr(model, "set_experts_implementation"):
+        if hasattr(type(model), "set_experts_implementation"):
             found |= {id(module): partial(_initialise, model, module) for module in model.modules()}
     return found
 

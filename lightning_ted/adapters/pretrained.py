@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lightning_ted.adapters.peft import plain_name, without_adapters
 from lightning_ted.checkpoint import shards
 from lightning_ted.checkpoint.boxes import Box, placed
 from lightning_ted.checkpoint.distributed import agreed
@@ -93,13 +94,14 @@ def load_pretrained(
 
     """
     whole: dict[int, tuple[int, ...]] = {}
-    for name, model in root.named_modules():
+    for name, model in list(root.named_modules()):
         folder: Path | None = model.__dict__.pop(_PENDING, None)
         if folder is not None:
             prefix = f"{name}." if name else ""
-            below = {key.removeprefix(prefix): cut for key, cut in cuts.items() if key.startswith(prefix)}
-            reading = _Reading(model, below, mesh, device or torch.device("cpu"))
-            whole |= agreed(partial(reading.read, folder), mesh.host_group())
+            below = {plain_name(key.removeprefix(prefix)): cut for key, cut in cuts.items() if key.startswith(prefix)}
+            with without_adapters(model):  # under the names that the files have
+                reading = _Reading(model, below, mesh, device or torch.device("cpu"))
+                whole |= agreed(partial(reading.read, folder), mesh.host_group())
     return whole
 
 

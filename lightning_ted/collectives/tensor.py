@@ -62,7 +62,7 @@ class _RowLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        _save_linear(ctx, x, weight)
         # A compiler cannot functionalise the operator that sums in place, and reuses buffers by itself.
         reduce = all_reduce if torch.compiler.is_compiling() else all_reduce_
         return kept("all_reduce", axis, signature(x), lambda: reduce(F.linear(x, weight), axis))
@@ -78,7 +78,7 @@ class _RowLinearToTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: Sequence[int], axis: Axis) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        _save_linear(ctx, x, weight)
         ctx.sizes, ctx.axis = sizes, axis
         return kept(
             "reduce_scatter",
@@ -91,6 +91,12 @@ class _RowLinearToTokens(torch.autograd.Function):
     @dual
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         return *_linear_gradients(ctx, all_gather_dim(grad, grad.dim() - 2, ctx.sizes, ctx.axis)), None, None
+
+
+def _save_linear(ctx: Any, x: Tensor, weight: Tensor) -> None:
+    """Keep of the input and the weight of a linear layer what the gradient of the other one needs."""
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
 
 
 def _linear_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -199,7 +199,8 @@ class _LinearOneByOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows_NI: Tensor, weight_eOI: Tensor, sizes: list[int], is_read: bool) -> Tensor:
-        ctx.save_for_backward(rows_NI, weight_eOI)
+        needs_rows, needs_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(rows_NI if needs_weight else None, weight_eOI if needs_rows else None)
         ctx.sizes = sizes
         if not is_read:
             return _unread(rows_NI, weight_eOI)

@@ -80,6 +80,7 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fp32_gradients": (lambda value: isinstance(value, bool), "True or False"),
     "save_distributed_checkpoint": (lambda value: isinstance(value, bool), "True or False"),
     "async_save": (lambda value: isinstance(value, bool), "True or False"),
+    "exclude_frozen_parameters": (lambda value: isinstance(value, bool), "True or False"),
     "tensor_parallel_plan": (_is_plan, "'auto' or a dict of name pattern to style"),
     "accelerator": (_one_of(Accelerator), f"an Accelerator or None{_LEFT_TO_THE_TRAINER}"),
     "parallel_devices": (

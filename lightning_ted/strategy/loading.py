@@ -229,7 +229,20 @@ class LoadingStrategy(SavingStrategy):
                     f"{type(self.lightning_module).__name__}. Build the model that was saved, or take the tensor out of "
                     "`checkpoint['state_dict']` in `on_load_checkpoint`, with `strict_loading=False`."
                 )
-        super().load_model_state_dict(checkpoint, strict)
+        frozen = self._frozen_parameters()
+        missing = self.lightning_module.state_dict().keys() - state_dict.keys()
+        if self._exclude_frozen:
+            for name, value in frozen.items():
+                state_dict.setdefault(name, value)
+        try:
+            super().load_model_state_dict(checkpoint, strict)
+        except RuntimeError as error:
+            if not missing or not missing <= frozen.keys():
+                raise
+            raise CheckpointError(
+                f"The checkpoint lacks frozen parameters ('{min(missing)}', ...), as one that was written with "
+                "`exclude_frozen_parameters=True` does. Set that to load it, too: the model keeps the ones that it was built with."
+            ) from error
         if self._training is not None:
             # Not by way of the working weights, which are rounded.
             self._training.update_masters(state_dict)

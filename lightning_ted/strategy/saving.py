@@ -15,6 +15,7 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -45,6 +46,7 @@ class SavingStrategy(SteppingStrategy):
 
     _save_distributed = True
     _async_save = False
+    _exclude_frozen = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,6 +62,19 @@ class SavingStrategy(SteppingStrategy):
         if self._save_distributed and isinstance(plain, ShardedOptimizer):
             return groups_of(plain)  # what belongs to elements goes from where it is to its files
         return super().optimizer_state(optimizer)
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state_dict = super().lightning_module_state_dict()
+        for name in self._frozen_parameters() if self._exclude_frozen else ():
+            state_dict.pop(name, None)
+        return state_dict
+
+    def _frozen_parameters(self) -> dict[str, Tensor]:
+        """By all their names."""
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters(remove_duplicate=False)
+        return {name: parameter.detach() for name, parameter in named if not parameter.requires_grad}
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
@@ -108,7 +123,8 @@ class SavingStrategy(SteppingStrategy):
             raise self._refusal(path, local, None)
         self._saver_now().wait()
         self._finish_weights()
-        contents = self._contents({STATE_DICT: self.lightning_module_state_dict()})
+        # Whole, whatever checkpoints leave out.
+        contents = self._contents({STATE_DICT: super().lightning_module_state_dict()})
         write_pretrained(contents, local, self.mesh.host_group(), model_name, dtype, limit)
 
     def _finish_weights(self) -> None:

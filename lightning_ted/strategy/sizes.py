@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from lightning_ted.adapters import adopt, foreign_plan
+from lightning_ted.adapters import adapted_styles, adopt, check_adapters, foreign_plan
 from lightning_ted.errors import LayoutError, PlanError
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
 from lightning_ted.tensor_parallel.check import check_plan, head_counts, planned_cuts
@@ -26,6 +26,7 @@ def module_styles(
 
     Raises:
         PlanError: If a style is unknown, or a pattern matches nothing, or a part of a MoE layer other than its shared expert.
+        UnsupportedError: If layers have got adapters after the plan was applied.
 
     """
     if plan == "auto":
@@ -34,6 +35,7 @@ def module_styles(
         styles |= expand_plan(module, collect_plan(module), complete)
     else:
         styles = expand_plan(module, plan, complete)
+    styles = adapted_styles(module, styles)
     for prefix, layer in expert_parallel_layers(module).items():
         ordinary = tuple(f"{prefix}.{shared}." for shared in layer.shared_expert_names())
         for name in styles:
@@ -71,11 +73,14 @@ def resolve_sizes(
 
     Raises:
         LayoutError, PlanError: If a size does not fit the world or the model.
+        UnsupportedError: If the model has experts or adapters that cannot be cut.
 
     """
     if module is not None:
         adopt(module)
     styles = {} if module is None else module_styles(module, plan, complete)
+    if module is not None and tensor != 1:
+        check_adapters(module, styles)
     if tensor == "auto":
         largest = _largest_tensor(module, styles, math.gcd(world_size, devices_per_node))
         for degree in reversed(divisors(largest)[1:]):

@@ -80,6 +80,8 @@ class TEDStrategy(LoadingStrategy):
         save_distributed_checkpoint: Write checkpoints as directories, to which each rank writes its parts and which any layout
             reads; ``False``: as one plain ``.ckpt`` file, which any strategy reads. Both are read, whatever this is.
         async_save: Go on while a directory is written, from a copy in host memory; the next save waits for it.
+        exclude_frozen_parameters: Leave out of checkpoints the parameters that require no gradient, such as those of a model whose
+            adapters are trained, and let a checkpoint that is loaded lack them: the model keeps its own.
         accelerator: The accelerator; usually left to the ``Trainer``.
         parallel_devices: The devices of this node; usually left to the ``Trainer``.
         cluster_environment: Where ranks and addresses come from; usually left to the ``Trainer``.
@@ -114,6 +116,7 @@ class TEDStrategy(LoadingStrategy):
         tensor_parallel_plan: Literal["auto"] | dict[str, str] = "auto",
         save_distributed_checkpoint: bool = True,
         async_save: bool = False,
+        exclude_frozen_parameters: bool = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -148,6 +151,7 @@ class TEDStrategy(LoadingStrategy):
         )
         self._save_distributed = save_distributed_checkpoint
         self._async_save = async_save
+        self._exclude_frozen = exclude_frozen_parameters
         self._tensor_parallel_size = tensor_parallel_size
         self._expert_parallel_size = expert_parallel_size
         self._expert_tensor_parallel_size = expert_tensor_parallel_size

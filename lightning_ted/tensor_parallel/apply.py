@@ -16,8 +16,8 @@ from lightning_ted.tensor_parallel.check import check_plan, planned_cuts
 from lightning_ted.tensor_parallel.embedding import VocabParallelEmbedding
 from lightning_ted.tensor_parallel.linear import ColumnParallelLinear, FeaturesOfHeads, RowParallelLinear, ShardedRegion
 from lightning_ted.tensor_parallel.loss import VocabParallelCrossEntropyLoss
-from lightning_ted.tensor_parallel.plan import COLUMN, ROW, Style
-from lightning_ted.tensor_parallel.randomness import draws_dropout
+from lightning_ted.tensor_parallel.plan import COLUMN, ROW, Style, outer_name
+from lightning_ted.tensor_parallel.randomness import RandomStream, draws_dropout
 from lightning_ted.tensor_parallel.sequence import SequenceRegion
 
 
@@ -142,6 +142,9 @@ def apply_plan(
         result.regions.append(region)
         for name in names:
             _swap_linear(root.get_submodule(name), styles[name], region)
+    for name, style in layers.items():
+        if style.beside is not None and style.name in COLUMN | ROW:
+            result.regions.append(_apply_to_factor(root, name, style))
     for name, style in styles.items():
         if style.name == "vocab_parallel_loss":
             VocabParallelCrossEntropyLoss.adopt(cast(nn.CrossEntropyLoss, root.get_submodule(name)), axis)
@@ -166,12 +169,16 @@ def _group_layers(
     Column-parallel layers belong with the row-parallel layer nearest to them, in the innermost module that holds both
     kinds, which need not be the parent of either. Layers of only one kind there are grouped by their parents.
     """
-    is_column = {name: style.name in COLUMN for name, style in styles.items() if style.name in COLUMN | ROW}
-    around_columns = _enclosing(name for name in is_column if is_column[name])
-    around_rows = _enclosing(name for name in is_column if not is_column[name])
+    is_column = {
+        name: style.name in COLUMN
+        for name, style in styles.items()
+        if style.name in COLUMN | ROW and style.beside is None
+    }
+    around_columns = _enclosing(outer_name(name) for name in is_column if is_column[name])
+    around_rows = _enclosing(outer_name(name) for name in is_column if not is_column[name])
     near: dict[tuple[str, SequenceRegion | None], list[str]] = defaultdict(list)
     for name in is_column:
-        parents = _parents(name)
+        parents = _parents(outer_name(name))
         others = around_rows if is_column[name] else around_columns
         sequence = next((sequence for sequence in sequences if sequence.contains(name)), None)
         near[next((parent for parent in parents if parent in others), parents[0]), sequence].append(name)
@@ -179,7 +186,7 @@ def _group_layers(
     for (around, sequence), names in near.items():
         by_parent: dict[str, list[str]] = defaultdict(list)
         for name in names:
-            by_parent[_parents(name)[0]].append(name)
+            by_parent[_parents(outer_name(name))[0]].append(name)
         both_kinds = len({is_column[name] for name in names}) == 2
         groups += [(around, sequence, names)] if both_kinds else [(p, sequence, n) for p, n in by_parent.items()]
     return groups
@@ -212,6 +219,21 @@ def _owner(root: nn.Module, name: str) -> nn.Module:
 def _is_called(module: nn.Module) -> bool:
     """Whether a module has a forward; nn.ModuleList and nn.ModuleDict only hold others."""
     return type(module).forward is not nn.Module.forward
+
+
+def _apply_to_factor(root: nn.Module, name: str, style: Style) -> ShardedRegion:
+    """A factor of an adapter, after the layer beside which it stands; returns the region that is its own."""
+    assert style.beside is not None
+    around: ShardedRegion = root.get_submodule(style.beside.base).region  # type: ignore[assignment]
+    region = ShardedRegion(around.axis, around.sequence, 1, random=False)
+    _swap_linear(root.get_submodule(name), style, region)
+    dropout = root.get_submodule(style.beside.dropout)
+    if around.sequence is None and draws_dropout(dropout):
+        if style.name in COLUMN:
+            around.except_in(dropout)
+        else:
+            RandomStream.of_rank(around.axis).surround(dropout)
+    return region
 
 
 def _swap_linear(layer: nn.Module, style: Style, region: ShardedRegion) -> None:

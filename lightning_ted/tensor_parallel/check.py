@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_ted.errors import PlanError
 from lightning_ted.tensor_parallel.embedding import VocabParallelEmbedding
-from lightning_ted.tensor_parallel.plan import COLUMN, ROW, Style
+from lightning_ted.tensor_parallel.plan import COLUMN, ROW, Style, outer_name
 from lightning_ted.topology import divisors, listed
 
 M = TypeVar("M", bound=nn.Module)
@@ -30,7 +30,9 @@ def head_counts(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, int]:
     """The numbers of heads that a plan would cut, by qualified attribute name."""
     counts: dict[str, int] = {}
     for parent in {
-        name.rpartition(".")[0] for name, style in styles.items() if style.name in COLUMN - {"colwise_gather_output"}
+        outer_name(name).rpartition(".")[0]
+        for name, style in styles.items()
+        if style.name in COLUMN - {"colwise_gather_output"} and style.beside is None
     }:
         module = root.get_submodule(parent)
         # Attention modules of Hugging Face keep these numbers in their configuration.

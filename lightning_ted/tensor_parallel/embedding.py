@@ -38,9 +38,6 @@ class VocabParallelEmbedding(nn.Embedding):
         embedding.__class__ = cls
         embedding.axis, embedding.name = axis, name  # type: ignore[assignment]
         embedding.num_embeddings //= axis.size
-        if embedding.padding_idx is not None:
-            padding = embedding.padding_idx - axis.rank * embedding.num_embeddings
-            embedding.padding_idx = padding if 0 <= padding < embedding.num_embeddings else None
 
     def forward(self, input: Tensor) -> Tensor:
         """``[...]`` token numbers to ``[..., embedding_dim]``.
@@ -56,5 +53,5 @@ class VocabParallelEmbedding(nn.Embedding):
         rows = found.masked_fill(foreign.unsqueeze(-1), 0)
         if self.padding_idx is not None:
             # The padding row is looked up but takes no gradient.
-            rows = rows.where((local != self.padding_idx).unsqueeze(-1), rows.detach())
+            rows = rows.where((input != self.padding_idx).unsqueeze(-1), rows.detach())
         return sum_shards(rows, self.axis)

@@ -42,6 +42,7 @@ class ShardedRegion:
         self._key: tuple[Any, ...] | None = None
         self._shared: Tensor | None = None
         self._reads = 0
+        self._is_interrupted = False
 
     def enter(self, x: Tensor, training: bool) -> Tensor:
         """The input of a column-parallel layer, handed over to the shards once for all siblings that read it."""
@@ -68,6 +69,20 @@ class ShardedRegion:
         """What follows works on replicated tensors (or split tokens) again."""
         if self._stream is not None and self._stream.in_use:
             self._stream.leave()
+
+    def except_in(self, module: nn.Module) -> None:
+        """Let a module inside (the dropout of an adapter, whose input is whole) draw the numbers that all ranks draw."""
+        module.register_forward_pre_hook(self._interrupt)
+        module.register_forward_hook(self._resume, prepend=True, always_call=True)
+
+    def _interrupt(self, *_: Any) -> None:
+        self._is_interrupted = self._stream is not None and self._stream.in_use
+        self.leave()
+
+    def _resume(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        interrupted, self._is_interrupted = self._is_interrupted, False
+        if interrupted and self._stream is not None:
+            self._stream.enter(args[0].device)
 
     def close(self, *_: Any) -> None:
         """Forward hook of the module that owns the layers: nothing outlives a forward, however it ended."""

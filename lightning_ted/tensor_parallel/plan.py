@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from torch import nn
@@ -40,6 +40,29 @@ COLUMN = {"colwise", "packed_colwise", "colwise_gather_output"}
 ROW = {"rowwise", "rowwise_split_input"}
 
 
+#: How wrappers around a layer (peft's) name it, and copies of it.
+_WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)$")
+
+
+def outer_name(name: str) -> str:
+    """The name under which a model knows a layer: of one inside a wrapper, that of the wrapper."""
+    return _WRAPPED.sub("", name)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Where a factor of an adapter stands.
+
+    Attributes:
+        base: Qualified name of the layer to whose output its product is added.
+        dropout: That of the dropout which the adapter's input goes through.
+
+    """
+
+    base: str
+    dropout: str
+
+
 @dataclass(frozen=True)
 class Style:
     """One entry of a plan, parsed.
@@ -48,11 +71,14 @@ class Style:
         name: A key of :data:`STYLES`.
         blocks: Of ``packed_colwise``: one number is a count of equal blocks, several are their lengths. Of ``mla_kv_a_proj``: how
             many features go to split heads.
+        beside: Of a factor of an adapter: the layer that it belongs to. It shares its input with no other layer.
 
     """
 
     name: str
     blocks: tuple[int, ...] = ()
+    # A layer under two names has it from either.
+    beside: Beside | None = field(default=None, compare=False)
 
     @classmethod
     def parse(cls, text: str, pattern: str) -> Style:

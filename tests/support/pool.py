@@ -260,8 +260,12 @@ def settle() -> None:
     torch.set_num_threads(1)
     # What torch is about to remove must not be in use, in places that pytest's own filters do not reach.
     warnings.filterwarnings("error", category=FutureWarning)
-    for lightnings_own in (".*LeafSpec", r"torch\.distributed\.nn\.functional"):
-        warnings.filterwarnings("default", message=lightnings_own, category=FutureWarning)
+    for others in (
+        ".*LeafSpec",
+        r"torch\.distributed\.nn\.functional",
+        "`is_gradient_checkpointing`",
+    ):  # Lightning, peft
+        warnings.filterwarnings("default", message=others, category=FutureWarning)
     for key in [key for key in os.environ if key.startswith(_FOREIGN_LAUNCHERS)]:
         del os.environ[key]
     if sys.platform == "linux":

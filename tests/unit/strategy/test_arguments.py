@@ -26,6 +26,7 @@ from lightning_ted.errors import TEDError
         ("moe_dispatcher", "deepep"),
         ("moe_dispatcher", ["all_to_all"]),
         ("record_communication", 1),
+        ("exclude_frozen_parameters", None),
         ("tensor_parallel_plan", None),
         ("tensor_parallel_plan", "bogus"),
         ("tensor_parallel_plan", ["a"]),

@@ -103,7 +103,7 @@ class HeadParallelAttention(nn.MultiheadAttention):
         if not need_weights:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal), None
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        weights = (scores if mask is None else mask + scores).softmax(-1)
+        weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
         weights = F.dropout(weights, dropout) if dropout else weights
         return weights.to(v.dtype) @ v, weights
 

@@ -82,7 +82,7 @@ def check_plan(root: nn.Module, styles: Mapping[str, Style], degree: int) -> Non
             if block % degree:
                 raise PlanError(
                     f"`tensor_parallel_size={degree}` does not divide the width {block} of '{name}'; choose one of "
-                    f"{listed(divisors(block))}, or leave '{name}' out of the plan."
+                    f"{listed(divisors(block))}, or leave '{name}' out of the plan (style 'replicate')."
                 )
 
 

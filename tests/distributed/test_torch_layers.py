@@ -262,6 +262,9 @@ def dropped() -> tuple[float, list[bool], list[bool], float]:
     model.eval()
     _, kept = model(x, x, x, average_attn_weights=False)
     assert (kept > 0).all(), "nothing is dropped in evaluation"
+    model.train()
+    with pytest.raises(ValueError, match="where \\(30, 30\\) is wanted"):
+        model(x, x, x, attn_mask=torch.zeros(30, 1))  # ends before the output projection
     return own.double().mean().item(), own.flatten().tolist(), added.tolist(), torch.rand(1).item()
 
 

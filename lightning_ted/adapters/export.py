@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_ted.adapters.huggingface import named_models
 from lightning_ted.checkpoint import directory, shards
 from lightning_ted.checkpoint.contents import MODEL, STATE_DICT, Contents
-from lightning_ted.checkpoint.distributed import Group, agreed, by_first, write
+from lightning_ted.checkpoint.distributed import Group, agreed, by_first, everybodys, write
 from lightning_ted.checkpoint.opened import open_checkpoint
 from lightning_ted.checkpoint.portions import shared_out
 from lightning_ted.checkpoint.transfer import Reader
@@ -233,14 +233,11 @@ def write_pretrained(
         files = agreed(
             lambda: export.write(folder, [unit for unit in units if unit in mine], limit, f"{rank:05d}-"), group
         )
-        everybodys: list[list[Written]] = [files]
-        if group is not None:
-            everybodys = [[] for _ in range(world)]
-            dist.all_gather_object(everybodys, files, group=group)
+        written = [file for own in everybodys(files, group) for file in own]
 
         def finish() -> None:
             shutil.rmtree(weights)
-            export.finish(folder, [file for files in everybodys for file in files])
+            export.finish(folder, written)
             directory.publish(folder, final)
 
         by_first(finish, group)

@@ -47,10 +47,7 @@ def agreed(action: Callable[[], T], group: Group) -> T:
         own, failure = error, str(error)
         if not isinstance(error, (CheckpointError, OSError)):
             failure = f"{type(error).__name__}: {error}"
-    failures = [failure]
-    if group is not None:
-        failures = [""] * dist.get_world_size(group)
-        dist.all_gather_object(failures, failure, group=group)
+    failures = everybodys(failure, group)
     try:
         for found in failures:
             if found:
@@ -77,6 +74,15 @@ def by_first(action: Callable[[], T], group: Group) -> T:
     if group is not None:
         dist.broadcast_object_list(outcome, group=group, group_src=0)
     return outcome[0]
+
+
+def everybodys(value: T, group: Group) -> list[T]:
+    """The values of all ranks of ``group``, by rank; plain data. A collective."""
+    found = [value]
+    if group is not None:
+        found *= dist.get_world_size(group)
+        dist.all_gather_object(found, value, group=group)
+    return found
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------

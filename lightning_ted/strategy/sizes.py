@@ -12,6 +12,7 @@ from torch import nn
 from lightning_ted.adapters import adapted_styles, adopt, check_adapters, foreign_plan
 from lightning_ted.errors import LayoutError, PlanError
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
+from lightning_ted.tensor_parallel.builtin import builtin_styles
 from lightning_ted.tensor_parallel.check import check_plan, head_counts, planned_cuts
 from lightning_ted.tensor_parallel.plan import Style, collect_plan, expand_plan
 from lightning_ted.topology import RankOrder, Topology, divisors
@@ -22,21 +23,23 @@ Size = int | Literal["auto"]
 def module_styles(
     module: nn.Module, plan: Literal["auto"] | Mapping[str, str], complete: bool = True
 ) -> dict[str, Style]:
-    """The plan for a module, its own where ``plan`` is "auto", matched with its names.
+    """The plan for a module, matched with its names; where ``plan`` is "auto", its own and that of torch's layers in it.
 
     Raises:
         PlanError: If a style is unknown, or a pattern matches nothing, or a part of a MoE layer other than its shared expert.
         UnsupportedError: If layers have got adapters after the plan was applied.
 
     """
+    layers = expert_parallel_layers(module)
     if plan == "auto":
         # A foreign plan names also what a model of that kind may have.
         styles = expand_plan(module, foreign_plan(module), complete=False)
         styles |= expand_plan(module, collect_plan(module), complete)
+        styles = builtin_styles(module, named=styles, closed=layers) | styles
     else:
         styles = expand_plan(module, plan, complete)
     styles = adapted_styles(module, styles)
-    for prefix, layer in expert_parallel_layers(module).items():
+    for prefix, layer in layers.items():
         ordinary = tuple(f"{prefix}.{shared}." for shared in layer.shared_expert_names())
         for name in styles:
             if f"{name}.".startswith(f"{prefix}.") and not f"{name}.".startswith(ordinary):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -34,9 +35,6 @@ from lightning_ted.strategy.registry import NAME
 from lightning_ted.strategy.sizes import check_reuse, module_styles, resolve_sizes
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import RankOrder, Topology
-
-if TYPE_CHECKING:
-    from lightning_ted.verify import VerificationReport
 
 
 class TEDStrategy(LoadingStrategy):
@@ -161,7 +159,7 @@ class TEDStrategy(LoadingStrategy):
         self._described = False
         self._moe_layers: list[ExpertParallelLayer] = []
 
-    def verify(self, module: pl.LightningModule, batch: Any, **options: Any) -> VerificationReport:
+    def verify(self, module: pl.LightningModule, batch: Any, **options: Any) -> Any:
         """Whether a module computes under this layout what it computes in one process, found out on local CPU processes.
 
         The same as :func:`lightning_ted.verify.verify`, with this strategy's arguments.
@@ -172,15 +170,14 @@ class TEDStrategy(LoadingStrategy):
             **options: ``processes``, ``tolerance``, ``seed``, ``timeout`` and ``trainer_options``.
 
         Returns:
-            A report, to be printed, or asked for ``ok``.
+            A :class:`~lightning_ted.verify.VerificationReport`, to be printed, or asked for ``ok``.
 
         Raises:
             TEDError: If the module cannot be run so.
 
         """
-        from lightning_ted.verify import verify  # which imports this module
-
-        return verify(module, batch, self.again, **options)
+        above = import_module("lightning_ted.verify")  # which stands on this module
+        return above.verify(module, batch, self.again, **options)
 
     @property
     def again(self) -> Callable[[], TEDStrategy]:

@@ -12,11 +12,13 @@ from torch import nn
 from lightning_ted.errors import PlanError
 from lightning_ted.layout import Cut
 from lightning_ted.mesh import Axis
+from lightning_ted.tensor_parallel.attention import HeadParallelAttention
+from lightning_ted.tensor_parallel.builtin import block_fused_inference
 from lightning_ted.tensor_parallel.check import check_plan, planned_cuts
 from lightning_ted.tensor_parallel.embedding import VocabParallelEmbedding
 from lightning_ted.tensor_parallel.linear import ColumnParallelLinear, FeaturesOfHeads, RowParallelLinear, ShardedRegion
 from lightning_ted.tensor_parallel.loss import VocabParallelCrossEntropyLoss
-from lightning_ted.tensor_parallel.plan import COLUMN, ROW, Style, outer_name
+from lightning_ted.tensor_parallel.plan import ATTENTION, COLUMN, ROW, Style, outer_name
 from lightning_ted.tensor_parallel.randomness import RandomStream, draws_dropout
 from lightning_ted.tensor_parallel.sequence import SequenceRegion
 
@@ -41,11 +43,11 @@ def find_stacks(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, list[
     """The stacks of blocks whose activations may be split over tokens: name to names of the blocks.
 
     A stack is an nn.ModuleList or nn.Sequential, the outermost one of which several children, or all, each hold a column-
-    and a row-parallel layer. Its blocks are the children from the first such one to the last; a list of heads, or of
-    embeddings, is no stack.
+    and a row-parallel layer (attention is both). Its blocks are the children from the first such one to the last; a list
+    of heads, or of embeddings, is no stack.
     """
-    holders = _enclosing(name for name, style in styles.items() if style.name in COLUMN)
-    holders &= _enclosing(name for name, style in styles.items() if style.name in ROW)
+    holders = _enclosing(name for name, style in styles.items() if style.name in COLUMN | ATTENTION)
+    holders &= _enclosing(name for name, style in styles.items() if style.name in ROW | ATTENTION)
     stacks: dict[str, list[str]] = {}
     for name, module in root.named_modules():
         inside = any(f"{name}.".startswith(f"{block}.") for blocks in stacks.values() for block in blocks)
@@ -145,8 +147,11 @@ def apply_plan(
     for name, style in layers.items():
         if style.beside is not None and style.name in COLUMN | ROW:
             result.regions.append(_apply_to_factor(root, name, style))
+    block_fused_inference(root, [name for name, style in styles.items() if style.name in COLUMN | ROW | ATTENTION])
     for name, style in styles.items():
-        if style.name == "vocab_parallel_loss":
+        if style.name in ATTENTION:
+            result.regions.append(_share_heads(root, name, axis, sequences))
+        elif style.name == "vocab_parallel_loss":
             VocabParallelCrossEntropyLoss.adopt(cast(nn.CrossEntropyLoss, root.get_submodule(name)), axis)
         elif style.name == "embedding_rowwise":
             VocabParallelEmbedding.adopt(cast(nn.Embedding, root.get_submodule(name)), axis, name)
@@ -180,7 +185,7 @@ def _group_layers(
     for name in is_column:
         parents = _parents(outer_name(name))
         others = around_rows if is_column[name] else around_columns
-        sequence = next((sequence for sequence in sequences if sequence.contains(name)), None)
+        sequence = _stack_of(name, sequences)
         near[next((parent for parent in parents if parent in others), parents[0]), sequence].append(name)
     groups: list[tuple[str, SequenceRegion | None, list[str]]] = []
     for (around, sequence), names in near.items():
@@ -190,6 +195,20 @@ def _group_layers(
         both_kinds = len({is_column[name] for name in names}) == 2
         groups += [(around, sequence, names)] if both_kinds else [(p, sequence, n) for p, n in by_parent.items()]
     return groups
+
+
+def _stack_of(name: str, sequences: Collection[SequenceRegion]) -> SequenceRegion | None:
+    return next((sequence for sequence in sequences if sequence.contains(name)), None)
+
+
+def _share_heads(root: nn.Module, name: str, axis: Axis, sequences: Collection[SequenceRegion]) -> ShardedRegion:
+    """Swap the class of an nn.MultiheadAttention; returns the region that it works in."""
+    attention = cast(nn.MultiheadAttention, root.get_submodule(name))
+    around, _, leaf = name.rpartition(".")
+    reads_memory = leaf == "multihead_attn" and isinstance(root.get_submodule(around), nn.TransformerDecoderLayer)
+    region = ShardedRegion(axis, _stack_of(name, sequences), readers=1, random=draws_dropout(attention))
+    HeadParallelAttention.adopt(attention, region, reads_memory)
+    return region
 
 
 def _draws_between(around: nn.Module, names: Collection[str], styles: Mapping[str, Style]) -> bool:

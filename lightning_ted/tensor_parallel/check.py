@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 from torch import nn
 
 from lightning_ted.errors import PlanError
+from lightning_ted.tensor_parallel.attention import IN_PROJECTIONS, HeadParallelAttention
 from lightning_ted.tensor_parallel.embedding import VocabParallelEmbedding
-from lightning_ted.tensor_parallel.plan import COLUMN, ROW, Style, outer_name
+from lightning_ted.tensor_parallel.plan import ATTENTION, COLUMN, ROW, Style, outer_name
 from lightning_ted.topology import divisors, listed
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,6 +43,10 @@ def head_counts(root: nn.Module, styles: Mapping[str, Style]) -> dict[str, int]:
                 value = getattr(holder, attribute, None)
                 if isinstance(value, int):
                     counts[f"{parent}.{place}{attribute}" if parent else f"{place}{attribute}"] = value
+    for name, style in styles.items():
+        attention = root.get_submodule(name) if style.name in ATTENTION else None
+        if isinstance(attention, nn.MultiheadAttention):
+            counts[f"{name}.num_heads"] = attention.num_heads
     return counts
 
 
@@ -71,7 +76,7 @@ def check_plan(root: nn.Module, styles: Mapping[str, Style], degree: int) -> Non
         if count % degree:
             raise PlanError(
                 f"`tensor_parallel_size={degree}` does not divide '{name}' = {count}; choose one of {listed(divisors(count))}, or "
-                f"leave that module out of the plan."
+                f"leave that module out of the plan (style 'replicate')."
             )
     for parameter, (_, blocks) in planned_cuts(root, styles).items():
         name = parameter.rpartition(".")[0]
@@ -79,7 +84,7 @@ def check_plan(root: nn.Module, styles: Mapping[str, Style], degree: int) -> Non
             if block % degree:
                 raise PlanError(
                     f"`tensor_parallel_size={degree}` does not divide the width {block} of '{name}'; choose one of "
-                    f"{listed(divisors(block))}, or leave '{name}' out of the plan."
+                    f"{listed(divisors(block))}, or leave '{name}' out of the plan (style 'replicate')."
                 )
 
 
@@ -103,6 +108,14 @@ def _cuts_of(root: nn.Module, name: str, style: Style) -> dict[str, tuple[int, t
         embedding = _require(module, nn.Embedding, name, style)
         VocabParallelEmbedding.check(embedding, name)
         return {f"{name}.weight": (0, (embedding.num_embeddings,))}
+    if style.name in ATTENTION:
+        attention = _require(module, nn.MultiheadAttention, name, style, IN_PROJECTIONS)
+        if "weight" not in attention.out_proj._parameters:
+            raise PlanError(
+                f"'{name}.out_proj' makes its weight from other parameters or layers, so the heads of '{name}' cannot be shared "
+                "out; leave it out of the plan."
+            )
+        return {f"{name}.{leaf}": cut for leaf, cut in HeadParallelAttention.cuts(attention).items()}
     linear = _require(module, nn.Linear, name, style)
     if style.name == "mla_kv_a_proj":
         if style.blocks[0] > linear.out_features:
@@ -118,10 +131,10 @@ def _cuts_of(root: nn.Module, name: str, style: Style) -> dict[str, tuple[int, t
     return {f"{name}.{leaf}": (0, blocks) for leaf in ("weight", "bias") if getattr(linear, leaf) is not None}
 
 
-def _require(module: nn.Module, kind: type[M], name: str, style: Style) -> M:
-    """``module``, if it is of this very kind."""
+def _require(module: nn.Module, kind: type[M], name: str, style: Style, weights: Collection[str] = ("weight",)) -> M:
+    """``module``, if it is of this very kind and its ``weights`` are its own."""
     # nn.CrossEntropyLoss has a buffer of this name.
-    if isinstance(module, kind) and "weight" not in (module._parameters | module._buffers):
+    if isinstance(module, kind) and not set(weights) <= (module._parameters | module._buffers).keys():
         raise PlanError(
             f"'{name}' makes its weight from other parameters (weight_norm, spectral_norm or another parametrization), so it "
             f"cannot be cut by the style '{style.name}'; remove the parametrization, or leave it out of the plan."

@@ -24,6 +24,7 @@ STYLES: dict[str, str] = {
     "colwise_gather_output": "colwise, and gather the output",
     "rowwise": "cut the input features of a linear layer that receives split features, and sum its output",
     "rowwise_split_input": "rowwise for a layer that receives the whole features",
+    "multihead_attention": "share out the heads of an nn.MultiheadAttention",
     "embedding_rowwise": "cut the vocabulary of an embedding, and sum its output",
     "vocab_parallel_loss": "an nn.CrossEntropyLoss that receives logits split over the vocabulary (from a colwise head)",
     "replicated_with_grad_allreduce": "whole weights that work on split features; their gradients are summed",
@@ -38,6 +39,8 @@ _WITH_BLOCKS = {"packed_colwise": (2,), "mla_kv_a_proj": (0,)}
 #: Styles of column- and of row-parallel layers.
 COLUMN = {"colwise", "packed_colwise", "colwise_gather_output"}
 ROW = {"rowwise", "rowwise_split_input"}
+#: Style of layers that are both in one.
+ATTENTION = {"multihead_attention"}
 
 
 #: How wrappers around a layer (peft's) name it, and copies of it.

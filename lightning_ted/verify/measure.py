@@ -12,13 +12,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
+from lightning_ted.checkpoint.distributed import everybodys
 from lightning_ted.checkpoint.single_file import SingleFile
 from lightning_ted.checkpoint.tree import Names
 from lightning_ted.collectives.phase import in_backward
@@ -72,11 +72,11 @@ def measure_together(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         measured = _step(module, batch, strategy, options, seed, None)
-        dist.barrier()
+        strategy.barrier()
     measured.told = sorted(
         {text for w in caught if issubclass(w.category, UserWarning) and _NO_LOADER not in (text := str(w.message))}
     )
-    return measured if dist.get_rank() == 0 else None
+    return measured if strategy.is_global_zero else None
 
 
 def measure_alone(
@@ -268,17 +268,15 @@ class Capture(pl.Callback):
         measured.after = whole_state(trainer.strategy, pl_module)
         measured.loss = None if loss is None else float(loss)
         measured.outputs = leaves
-        if isinstance(trainer.strategy, TEDStrategy) and dist.is_initialized():
+        if isinstance(trainer.strategy, TEDStrategy):
             _join(measured, trainer.strategy)
 
 
 def _join(measured: Measured, strategy: TEDStrategy) -> None:
     """Let what each data rank has noted become that of the whole batch."""
-    own = (strategy.data_parallel_rank, measured.loss, measured.outputs, measured.modules)
-    everybodys: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybodys, own)
-    # Tensor ranks are neighbours, and have the same.
-    by_data = dict(reversed([(data, rest) for data, *rest in everybodys]))
+    own: Any = (strategy.data_parallel_rank, measured.loss, measured.outputs, measured.modules)
+    # Tensor ranks have the same; the first of them counts.
+    by_data = dict(reversed([(data, rest) for data, *rest in everybodys(own, strategy.mesh.host_group())]))
     ranks = [by_data[data] for data in sorted(by_data)]
     losses = [loss for loss, _, _ in ranks if loss is not None]
     measured.loss = sum(losses) / len(losses) if losses else None

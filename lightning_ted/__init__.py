@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_ted.strategy.registry import register_lazily
 
 if TYPE_CHECKING:
+    from lightning_ted.adapters import MoESpec as MoESpec
     from lightning_ted.adapters import from_pretrained as from_pretrained
     from lightning_ted.adapters import register_moe_adapter as register_moe_adapter
     from lightning_ted.callbacks import CommunicationMonitor as CommunicationMonitor
@@ -34,6 +35,7 @@ _HOME = {
     "ExpertLoadMonitor": "lightning_ted.callbacks",
     "TokenThroughput": "lightning_ted.callbacks",
     "Topology": "lightning_ted.topology",
+    "MoESpec": "lightning_ted.adapters",
     "from_pretrained": "lightning_ted.adapters",
     "register_moe_adapter": "lightning_ted.adapters",
 }
@@ -42,6 +44,7 @@ __all__ = [
     "CommunicationMonitor",
     "ExpertLoadMonitor",
     "MoE",
+    "MoESpec",
     "TEDStrategy",
     "TokenThroughput",
     "TopKRouter",

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from lightning_ted.adapters.export import PretrainedExport
-from lightning_ted.checkpoint import directory, distributed, shards
+from lightning_ted.checkpoint import directory, distributed, shards, stacked
 from lightning_ted.checkpoint.contents import (
     EXTRA,
     MODEL,
@@ -163,7 +163,8 @@ def _write_one_file(reader: Reader, final: Path) -> None:
     state = dict(opened.state)
     described, stored = state.pop(STATE_DICT), state.pop(OPTIMIZER_STATES, None)
     checkpoint = restore_rest(state, lambda name, _: tensors[EXTRA][name])
-    checkpoint[STATE_DICT] = restore_state_dict(described, tensors.get(MODEL, {}))
+    weights = restore_state_dict(described, tensors.get(MODEL, {}))
+    checkpoint[STATE_DICT] = stacked.with_single(opened.info.get(stacked.INFO) or {}, weights)
     if stored is not None:
         checkpoint[OPTIMIZER_STATES] = [
             by_number(index, saved, tensors.get(TRAINING, {})) if "class" in saved else saved

@@ -16,6 +16,10 @@ class PlanError(TEDError):
     """A tensor-parallel plan that does not fit the module that it is applied to."""
 
 
+class SpecError(TEDError):
+    """A description of a MoE block that does not fit it."""
+
+
 class UnsupportedError(TEDError):
     """A combination of settings that this package refuses."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class ForeignExperts(ExpertParallelLayer):
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
+        #: Ordinary networks in the module that holds the weights.
+        self.beside: tuple[str, ...] = ()
         self.axes: MoEAxes | None = None
         self._statistics: RoutingStatistics | None = None
         self._dispatcher: Dispatcher | None = None
@@ -47,6 +50,10 @@ class ForeignExperts(ExpertParallelLayer):
     @override
     def statistics(self) -> RoutingStatistics | None:
         return self._statistics
+
+    @override
+    def shared_expert_names(self) -> Iterable[str]:
+        return self.beside
 
     @override
     def end_step(self) -> None:

@@ -12,7 +12,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from lightning_ted.checkpoint import directory, shards
+from lightning_ted.checkpoint import directory, shards, stacked
 from lightning_ted.checkpoint.boxes import Box
 from lightning_ted.checkpoint.contents import (
     EXTRA,
@@ -250,7 +250,8 @@ def _open_directory(folder: Path) -> Opened:
 def _open_file(path: Path) -> Opened:
     checkpoint = require_checkpoint(path, read_file(path, True))
     own = checkpoint.pop(OWN, {})
-    weights = checkpoint[STATE_DICT]
+    told = (own.get("info") or {}).get(stacked.INFO)
+    weights = stacked.with_stacked(told, checkpoint[STATE_DICT]) if told else checkpoint[STATE_DICT]
     names = _WholeNames(weights)
     collector = _WholeCollector()
     described = collect_state_dict(weights, names, collector, lambda _: None)

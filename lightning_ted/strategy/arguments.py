@@ -13,6 +13,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 
+from lightning_ted.adapters import MoESpec
 from lightning_ted.collectives.tape import KEEP_POLICIES
 from lightning_ted.errors import UnsupportedError
 from lightning_ted.moe.dispatch import dispatchers
@@ -65,6 +66,10 @@ _ARGUMENTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "moe_dispatcher": (
         lambda value: value in dispatchers(),
         f"one of {', '.join(map(repr, dispatchers()))}, or a name given to `register_dispatcher`",
+    ),
+    "moe_specs": (
+        lambda value: value is None or (isinstance(value, list) and all(isinstance(v, MoESpec) for v in value)),
+        "a list of `MoESpec` or None",
     ),
     "record_communication": (lambda value: isinstance(value, bool), "True or False"),
     "zero_stage": (

@@ -13,7 +13,7 @@ from torch import nn, optim
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_ted.adapters import foreign_models
+from lightning_ted.adapters import foreign_models, likenesses
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import ParamLayout
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
@@ -93,6 +93,17 @@ def refuse_foreign_sequences(module: nn.Module, topology: Topology, sequence_par
         raise UnsupportedError(
             f"`sequence_parallel=True` splits tokens between the layers of '{names[0]}', a model of transformers, which "
             "computes positions and masks of all of them; set `sequence_parallel=False`."
+        )
+
+
+def warn_of_likenesses(module: nn.Module) -> None:
+    """Name blocks that look like mixtures of experts and train as ordinary ones: their experts are on every rank."""
+    for likeness in likenesses(module):
+        rank_zero_warn(
+            f"'{likeness.name}' ({likeness.kind}) looks like a MoE block, and its experts are on every rank. To share them out, "
+            f"say where they are, and how many it chooses:\n\n{likeness.declaration()}\n\n"
+            "or give its class an adapter with `register_moe_adapter`.",
+            category=PossibleUserWarning,
         )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ted.adapters import stacked_experts
 from lightning_ted.checkpoint import directory
 from lightning_ted.checkpoint.contents import (
     OPTIMIZER_STATES,
@@ -33,6 +34,7 @@ from lightning_ted.checkpoint.optimizer_state import restore_state
 from lightning_ted.checkpoint.portions import Portion, Portions
 from lightning_ted.checkpoint.reader import Tensors
 from lightning_ted.checkpoint.single_file import SingleFile
+from lightning_ted.checkpoint.stacked import with_stacked
 from lightning_ted.checkpoint.tree import Names
 from lightning_ted.errors import CheckpointError
 from lightning_ted.layout import ParamLayout
@@ -127,7 +129,9 @@ class LoadingStrategy(SavingStrategy):
         own = checkpoint.pop(OWN, None)
         self._note_where_to_go_on(checkpoint, own)
         self._numbering_then = own["optimizers"] if own else []
-        names, state_dict = self._names(), checkpoint.get(STATE_DICT, {})
+        assert self.lightning_module is not None
+        checkpoint[STATE_DICT] = with_stacked(stacked_experts(self.lightning_module), checkpoint.get(STATE_DICT, {}))
+        names, state_dict = self._names(), checkpoint[STATE_DICT]
         self._misfits = {name: value for name, value in state_dict.items() if not _fits(value, names.exactly(name))}
         return self._single_file().cut(checkpoint)
 

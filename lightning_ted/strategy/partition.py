@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_ted.adapters import adopt, initialisers, load_pretrained
+from lightning_ted.adapters import MoESpec, adopt, initialisers, load_pretrained
 from lightning_ted.collectives.primitives import broadcast_
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.layout import Cut, Family, ParamLayout
@@ -52,6 +52,7 @@ class PartitionOptions:
         duplicate_token_dropping: Tensor ranks dispatch only their share of the tokens.
         dispatcher: What brings tokens to the experts of other ranks.
         overlap_chunks: In how many chunks it does.
+        specs: What is said of MoE blocks of the user's own.
 
     """
 
@@ -61,6 +62,7 @@ class PartitionOptions:
     # They cut nothing: a module may go on with others.
     dispatcher: str = field(default="all_to_all", compare=False)
     overlap_chunks: int = field(default=1, compare=False)
+    specs: tuple[MoESpec, ...] = field(default=(), compare=False)
 
 
 @dataclass
@@ -149,7 +151,7 @@ def partition_module(
             f"{type(module).__name__} has been cut for {record.topology}, {record.options} and cannot be cut again for "
             f"{mesh.topology}, {options}. {_REBUILD}"
         )
-    adopt(module)
+    adopt(module, options.specs, complete)
     result = _mark_plan(module, mesh, options, record, complete)
     cuts = result.cuts | _mark_experts(module, mesh, options, record)
     record.partial |= result.partial

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ted.adapters import stacked_experts
 from lightning_ted.adapters.export import INFO as HUGGINGFACE
 from lightning_ted.adapters.export import described_models, write_pretrained
-from lightning_ted.checkpoint import directory, shards
+from lightning_ted.checkpoint import directory, shards, stacked
 from lightning_ted.checkpoint.contents import (
     OPTIMIZER_STATES,
     OWN,
@@ -210,6 +211,7 @@ class SavingStrategy(SteppingStrategy):
             else [],
             "versions": {"torch": str(torch.__version__), "lightning": lightning.__version__},
             HUGGINGFACE: described_models(module),
+            stacked.INFO: stacked_experts(module),
         }
 
     def _save_file(
@@ -229,6 +231,8 @@ class SavingStrategy(SteppingStrategy):
                 by_first(lambda: folder.mkdir(parents=True, exist_ok=True), group)
             full = file.joined(checkpoint, self.optimizers, self.is_global_zero, **masters)
             _tell_of_unnamed(names)
+            if self.is_global_zero and self.lightning_module is not None:
+                full[STATE_DICT] = stacked.with_single(stacked_experts(self.lightning_module), full[STATE_DICT])
             by_first(lambda: write(full, path) if plain is None else _write_file(full, plain), group)
         except CheckpointError as error:
             raise CheckpointError(f"'{path}' could not be written ({error}); nothing has been changed.") from error

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Literal
 
 from torch import nn
 
-from lightning_ted.adapters import adapted_styles, adopt, check_adapters, foreign_plan
+from lightning_ted.adapters import MoESpec, adapted_styles, adopt, check_adapters, foreign_plan
 from lightning_ted.errors import LayoutError, PlanError
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
 from lightning_ted.tensor_parallel.builtin import builtin_styles
@@ -60,6 +60,7 @@ def resolve_sizes(
     order: RankOrder,
     plan: Literal["auto"] | Mapping[str, str],
     complete: bool = True,
+    specs: Sequence[MoESpec] = (),
 ) -> Topology:
     """The topology that the arguments ask for.
 
@@ -73,14 +74,16 @@ def resolve_sizes(
         order: Rank order.
         plan: Tensor-parallel plan.
         complete: False while the model has layers still to build.
+        specs: What is said of MoE blocks of the user's own.
 
     Raises:
         LayoutError, PlanError: If a size does not fit the world or the model.
+        SpecError: If a spec does not fit its block.
         UnsupportedError: If the model has experts or adapters that cannot be cut.
 
     """
     if module is not None:
-        adopt(module)
+        adopt(module, specs, complete)
     styles = {} if module is None else module_styles(module, plan, complete)
     if module is not None and tensor != 1:
         check_adapters(module, styles)

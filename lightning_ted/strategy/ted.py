@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from lightning_ted.adapters import MoESpec
 from lightning_ted.collectives.tape import KeepPolicy
 from lightning_ted.mesh import TEDMesh
 from lightning_ted.moe.expert_parallel import ExpertParallelLayer, expert_parallel_layers
@@ -63,6 +64,8 @@ class TEDStrategy(LoadingStrategy):
             under way.
         moe_dispatcher: ``"all_to_all"`` sends tokens to their experts directly, ``"hierarchical"`` inside the node first, then
             across nodes.
+        moe_specs: Where router and experts are in MoE blocks of your own, one :class:`~lightning_ted.MoESpec` for each kind of
+            block.
         record_communication: Count what is sent, for :attr:`communication`.
         zero_stage: 1 shares out the optimizers' state (and the 32-bit weights of 16-bit training) over the data-parallel ranks
             of each parameter; 2 also frees the gradients that a rank does not step.
@@ -105,6 +108,7 @@ class TEDStrategy(LoadingStrategy):
         comm_aware_policy: KeepPolicy = "all",
         moe_overlap_chunks: int = 1,
         moe_dispatcher: str = "all_to_all",
+        moe_specs: list[MoESpec] | None = None,
         record_communication: bool = False,
         zero_stage: int = 1,
         optimizer_tile_size: int | None = 2**24,
@@ -136,7 +140,12 @@ class TEDStrategy(LoadingStrategy):
             timeout=timeout,
         )
         self._options = PartitionOptions(
-            tensor_parallel_plan, sequence_parallel, duplicate_token_dropping, moe_dispatcher, moe_overlap_chunks
+            tensor_parallel_plan,
+            sequence_parallel,
+            duplicate_token_dropping,
+            moe_dispatcher,
+            moe_overlap_chunks,
+            tuple(moe_specs or ()),
         )
         self._recompute = (
             RecomputeOptions(activation_checkpointing, comm_aware_policy) if activation_checkpointing else None
@@ -236,6 +245,7 @@ class TEDStrategy(LoadingStrategy):
             self._rank_order,
             self._options.plan,
             complete=module is None or self._has_all_layers(module),
+            specs=self._options.specs,
         )
         if module is not None and self._has_all_layers(module) and not is_overridden("setup", module):
             self._refuse_idle_sizes(module, topology)
@@ -324,6 +334,7 @@ class TEDStrategy(LoadingStrategy):
         if not self._described:
             checks.warn_of_idle_sizes(module, styles, self.topology, self._tensor_parallel_size)
             checks.warn_of_idle_dispatch(self.topology, self._options, self.num_processes)
+            checks.warn_of_likenesses(module)
             rank_zero_info(checks.describe(module, self._layouts, self.topology))
             self._described = True
         data.equalize_random_state(self.mesh.axis("tensor"), self.root_device)

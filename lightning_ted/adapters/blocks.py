@@ -241,6 +241,8 @@ def _layer(block: Any, spec: MoESpec, tokens: Tensor, want: Any) -> ForeignExper
     flat_TD = tokens.reshape(-1, tokens.shape[-1])
     wanted = (want[0] if isinstance(want, tuple) else want).reshape(flat_TD.shape)
     holder: Any = experts
+    with _mode(block, False):
+        logits_TE = _logits(block, flat_TD, spec)
     if isinstance(experts, nn.ModuleList):
         make = _list_layer(experts, spec, flat_TD)
         holder = StackedExperts(experts)
@@ -255,7 +257,6 @@ def _layer(block: Any, spec: MoESpec, tokens: Tensor, want: Any) -> ForeignExper
         layers = [NetworkExperts(experts, network) for network in networks]
     top_k = spec.top_k_of(block)
     with _mode(block, False):
-        logits_TE = _logits(block, flat_TD, spec)
         _require_number(block, spec, logits_TE, layers, top_k)
         for layer in layers:
             attach(holder, layer)

@@ -129,6 +129,15 @@ class Losing(ListBlock):
         return out, logits.square().mean()
 
 
+class Sharing(ListBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(FEATURES, FEATURES)
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        return super().forward(hidden_states)[0] + self.shared(hidden_states)
+
+
 class Scaled(ListBlock):
     def forward(self, hidden_states: Tensor) -> Any:
         return 3 * super().forward(hidden_states)[0]
@@ -158,7 +167,7 @@ class Uneven(ListBlock):
             {"score_function": "sigmoid"},
             r"This would: score_function='softmax', scores_of='all', normalize=False, top_k=1",
         ),
-        (FusedBlock, {"shared_expert": None, "shared_expert_gate": None}, r"Is there a shared expert"),
+        (Sharing, {}, r"Is there a shared expert"),
         (ListBlock, {"router": "gates"}, r"router='gates'\)` names nothing in ListBlock; did you mean 'gate'\?"),
         (ListBlock, {"router": "experts.0.w1"}, r"makes \(10, 16\) of 10 tokens, where logits of 4 experts are wanted"),
         (ListBlock, {"top_k": "k"}, r"top_k='k'\)`: ListBlock has no such attribute"),

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ted.adapters.huggingface import named_models
+from lightning_ted.adapters.peft import adapted_models
 from lightning_ted.checkpoint import directory, shards
 from lightning_ted.checkpoint.contents import MODEL, STATE_DICT, Contents
 from lightning_ted.checkpoint.distributed import Group, agreed, by_first, everybodys, write
@@ -36,7 +37,9 @@ _LAYER = re.compile(r"(.*?\.\d+)\.")
 
 def described_models(root: nn.Module) -> list[dict[str, Any]]:
     """What a checkpoint has to tell of the library's models in a module, so that they can be exported."""
-    return [
+    adapted = adapted_models(root)
+    inside = tuple(f"{name}." if name else "" for name in adapted)
+    return [{"name": name, "class": type(model).__name__, "adapters": True} for name, model in adapted.items()] + [
         {
             "name": name,
             "class": type(model).__name__,
@@ -46,6 +49,7 @@ def described_models(root: nn.Module) -> list[dict[str, Any]]:
             else None,
         }
         for name, model in named_models(root)
+        if not name.startswith(inside)
     ]
 
 
@@ -107,6 +111,11 @@ class PretrainedExport:
             return {"name": name if name is not None else "model", "class": kind, "config": config}
         chosen = [model for model in known if name is None or model["name"] == name]
         if len(chosen) == 1:
+            if chosen[0].get("adapters"):
+                raise CheckpointError(
+                    f"The checkpoint's model '{chosen[0]['name']}' has adapters of peft. `HuggingFaceExport` and "
+                    "`strategy.save_pretrained` write them in a run, from which peft merges them into a model."
+                )
             return chosen[0]
         names = ", ".join(f"'{model['name']}'" for model in known)
         if not known:
@@ -243,6 +252,31 @@ def write_pretrained(
         by_first(finish, group)
     finally:
         by_first(lambda: shutil.rmtree(folder, ignore_errors=True), group)
+
+
+def write_adapters(model: Any, weights: Mapping[str, Tensor], final: Path, group: Group) -> None:
+    """Write the adapters of a model as peft does, for ``PeftModel.from_pretrained``. A collective.
+
+    Args:
+        model: The model with its adapters.
+        weights: Whole ones of the adapters, under their names in the model; on the first rank.
+        final: Where.
+        group: All ranks.
+
+    Raises:
+        CheckpointError: On every rank, if they could not be written. What was there before is then as it was.
+
+    """
+
+    def write() -> None:
+        folder = directory.begin(final)
+        try:
+            model.save_pretrained(str(folder), state_dict=dict(weights), save_embedding_layers=False)
+            directory.publish(folder, final)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    by_first(write, group)
 
 
 def _unit_of(name: str) -> str:

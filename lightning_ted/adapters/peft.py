@@ -97,6 +97,22 @@ def check_adapters(root: nn.Module, styles: Mapping[str, Style]) -> None:
             )
 
 
+def adapted_models(root: nn.Module) -> dict[str, Any]:
+    """Models that peft has put adapters into, by qualified name: the outermost ones."""
+    peft = sys.modules.get("peft")
+    found: dict[str, Any] = {}
+    for name, module in root.named_modules() if peft is not None else ():
+        if isinstance(module, peft.PeftModel) and not any(name.startswith(f"{outer}.") for outer in found):  # type: ignore[union-attr]
+            found[name] = module
+    return found
+
+
+def is_of_adapters(name: str, parameter: nn.Parameter | None) -> bool:
+    """Whether a parameter is one that peft saves with the adapters of a model."""
+    trained = parameter is not None and parameter.requires_grad
+    return trained or ".lora_" in name or ".modules_to_save." in name
+
+
 def plain_name(name: str) -> str:
     """The name that a layer, or a part of it, has where there are no adapters."""
     return ".".join(part for part in name.split(".") if part not in ("base_layer", "original_module"))

@@ -42,6 +42,7 @@ _OWN = {MANIFEST, "state.pt", "ranks.pt", "model", "training", "extra"}
 _OTHERS = (
     re.compile(r"\.metadata|__\d+_\d+\.distcp|meta\.pt"),
     re.compile(r"model.*\.safetensors(\.index\.json)?|(generation_)?config\.json"),
+    re.compile(r"adapter_(config\.json|model\.safetensors)|README\.md"),
 )
 #: By what files begin that may be replaced: archives, as torch writes them, and pickles, as it once did. Or by their names.
 _BEGINNINGS, _SUFFIXES = (b"PK", b"\x80"), {".ckpt", ".pt", ".pth", ".safetensors"}

@@ -21,7 +21,8 @@ from typing_extensions import override
 
 from lightning_ted.adapters import stacked_experts
 from lightning_ted.adapters.export import INFO as HUGGINGFACE
-from lightning_ted.adapters.export import described_models, write_pretrained
+from lightning_ted.adapters.export import described_models, write_adapters, write_pretrained
+from lightning_ted.adapters.peft import adapted_models, is_of_adapters
 from lightning_ted.checkpoint import directory, shards, stacked
 from lightning_ted.checkpoint.contents import (
     OPTIMIZER_STATES,
@@ -105,6 +106,8 @@ class SavingStrategy(SteppingStrategy):
     ) -> None:
         """Write a model of Hugging Face's transformers for ``from_pretrained``: safetensors, index and configuration.
 
+        Of a model with adapters of peft, these are written, for ``PeftModel.from_pretrained``.
+
         A collective: every rank calls it, while the Trainer runs or after it has. No process ever holds the model: it goes to disk
         part by part, and the ranks share the layers out. The tokenizer is the caller's to save.
 
@@ -125,8 +128,25 @@ class SavingStrategy(SteppingStrategy):
         self._saver_now().wait()
         self._finish_weights()
         # Whole, whatever checkpoints leave out.
-        contents = self._contents({STATE_DICT: super().lightning_module_state_dict()})
+        state = super().lightning_module_state_dict()
+        assert self.lightning_module is not None
+        adapted = adapted_models(self.lightning_module)
+        name = next(iter(adapted), "") if model_name is None else model_name
+        if name in adapted:
+            self._save_adapters(name, adapted[name], state, local)
+            return
+        contents = self._contents({STATE_DICT: state})
         write_pretrained(contents, local, self.mesh.host_group(), model_name, dtype, limit)
+
+    def _save_adapters(self, name: str, model: Any, state: Mapping[str, Any], final: Path) -> None:
+        prefix, parameters = f"{name}." if name else "", dict(model.named_parameters(remove_duplicate=False))
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        wanted = {f"{prefix}{key}": own[key] for key in own if is_of_adapters(f".{key}", parameters.get(key))}
+        masters = {"master_of": self._training.find_masters()} if self._training is not None else {}
+        file = SingleFile(self._names(), self.mesh, self.root_device)
+        whole = file.joined({STATE_DICT: wanted}, (), self.is_global_zero, **masters)[STATE_DICT]
+        weights = {key.removeprefix(prefix): tensor.cpu() for key, tensor in whole.items()}
+        write_adapters(model, weights, final, self.mesh.host_group())
 
     def _finish_weights(self) -> None:
         if self._training is not None:

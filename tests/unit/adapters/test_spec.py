@@ -160,7 +160,7 @@ class Uneven(ListBlock):
         (
             ListBlock,
             {"normalize": False},
-            r"This would: score_function='softmax', scores_of='chosen', normalize=False, top_k=2",
+            r"This would: score_function='softmax', scores_of='all', normalize=True, top_k=2",
         ),
         (
             SwitchBlock,

@@ -27,7 +27,8 @@ from lightning_ted.layout import Cut, Family, ParamLayout
 from lightning_ted.mesh import SINGLE, TEDMesh
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
-from lightning_ted.strategy.materialise import common_seed, materialise, own_tensors
+from lightning_ted.strategy.dtensors import Unwrapped, refuse_in_plan, unwrap, wrap
+from lightning_ted.strategy.materialise import common_seed, materialise, own_tensor, own_tensors
 from lightning_ted.strategy.sizes import module_styles
 from lightning_ted.tensor_parallel.apply import PlanResult, apply_plan, install_sequences
 from lightning_ted.tensor_parallel.linear import ShardedRegion
@@ -138,8 +139,8 @@ def partition_module(
 
     Raises:
         PlanError, LayoutError: If the plan does not fit the module.
-        UnsupportedError: For DTensor parameters, for meta tensors that nothing can initialise, and for modules that were
-            cut in processes that are gone.
+        UnsupportedError: For DTensors that cannot be replaced by plain parameters, for meta tensors that nothing can
+            initialise, and for modules that were cut in processes that are gone.
 
     """
     mesh = mesh_of(module) or mesh
@@ -150,16 +151,23 @@ def partition_module(
             f"{mesh.topology}, {options}. {_REBUILD}"
         )
     adopt(module)
-    result = _mark_plan(module, mesh, options, record, complete)
-    cuts = result.cuts | _mark_experts(module, mesh, options, record)
+    handmade = unwrap(module, mesh, device)
+    result = _mark_plan(module, mesh, options, record, handmade, complete)
+    cuts = result.cuts | handmade.cuts | _mark_experts(module, mesh, options, record)
     record.partial |= result.partial
     record.regions += result.regions
-    _place_all(module, mesh, record, cuts, device)
+    _place_all(module, mesh, record, cuts, handmade, device)
+    wrap(handmade)
     return record.layouts
 
 
 def _place_all(
-    module: nn.Module, mesh: TEDMesh, record: PartitionRecord, cuts: Cuts, device: torch.device | None
+    module: nn.Module,
+    mesh: TEDMesh,
+    record: PartitionRecord,
+    cuts: Cuts,
+    handmade: Unwrapped,
+    device: torch.device | None,
 ) -> None:
     """Cut every tensor that the record does not know, and bring the record up to date."""
     before, owners_before = dict(record.layouts), dict(record.owners)
@@ -181,16 +189,17 @@ def _place_all(
     for gone in before.keys() - names:
         del record.layouts[gone], record.owners[gone]
     for name, leaf, child in named:
-        tensor = getattr(child, leaf)
+        tensor = own_tensor(child, leaf)
         if tensor.is_meta:
             seed = common_seed(mesh, device) if seed is None else seed
             materialise(child, name.rpartition(".")[0], seed, device, _whole_shapes(child, known))
-            tensor = getattr(child, leaf)
+            tensor = own_tensor(child, leaf)
         owner = _owner(tensor, child)
         key = _key(owner, name)
         layout, home = known.get(key), homes.setdefault(key, child)
         if layout is None:
-            layout = _layout(name, tensor, cuts, record, before.get(name))
+            shape = handmade.shapes.get(name, tuple(tensor.shape))
+            layout = _layout(name, shape, cuts, record, before.get(name))
             _place(tensor, layout, mesh, device)
             known[key] = layout
         elif layout.name in names and (name not in before or _key(owners_before[name], name) != key):
@@ -220,9 +229,15 @@ def _join(prefix: str, leaf: str) -> str:
 
 
 def _mark_plan(
-    module: nn.Module, mesh: TEDMesh, options: PartitionOptions, record: PartitionRecord, complete: bool
+    module: nn.Module,
+    mesh: TEDMesh,
+    options: PartitionOptions,
+    record: PartitionRecord,
+    handmade: Unwrapped,
+    complete: bool,
 ) -> PlanResult:
     styles = module_styles(module, options.plan, complete)
+    refuse_in_plan(module, handmade, styles)
     known = {id(target) for target in record.styled.values()}
     targets = {name: _target(module, name) for name in styles}
     for name, target in targets.items():
@@ -293,13 +308,15 @@ def _family(name: str, cuts: tuple[Cut, ...], partial: set[str]) -> Family:
     return "dense"
 
 
-def _layout(name: str, tensor: Tensor, cuts: Cuts, record: PartitionRecord, before: ParamLayout | None) -> ParamLayout:
-    """The layout of a new tensor; ``before``: of the one that had its name."""
+def _layout(
+    name: str, shape: tuple[int, ...], cuts: Cuts, record: PartitionRecord, before: ParamLayout | None
+) -> ParamLayout:
+    """The layout of a new tensor of a global shape; ``before``: of the one that had its name."""
     if name not in cuts and before is not None and before.cuts:
         # Its module is the same, so it has to lie as the one before it.
-        if tuple(tensor.shape) not in (before.global_shape, before.local_shape):
+        if shape not in (before.global_shape, before.local_shape):
             raise LayoutError(
-                f"'{name}' has been replaced by a parameter of shape {tuple(tensor.shape)}, where {before.global_shape} "
+                f"'{name}' has been replaced by a parameter of shape {shape}, where {before.global_shape} "
                 f"(whole) or {before.local_shape} (this rank's part) is wanted. Replace it in `__init__` or `configure_model`."
             )
         return before
@@ -309,7 +326,7 @@ def _layout(name: str, tensor: Tensor, cuts: Cuts, record: PartitionRecord, befo
     copies = record.topology.world_size
     for cut in own:
         copies //= cut.degree
-    return ParamLayout(name, tuple(tensor.shape), own, family, copies)
+    return ParamLayout(name, shape, own, family, copies)
 
 
 def _place(tensor: Tensor, layout: ParamLayout, mesh: TEDMesh, device: torch.device | None) -> None:

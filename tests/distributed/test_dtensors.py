@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.data import DataLoader, DistributedSampler
 
 from examples.model_parallel_port import Decoder, LitDecoder, loader, main, parallelize
+from lightning_ted import TEDStrategy
 from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError
 from lightning_ted.mesh import TEDMesh
@@ -133,8 +135,8 @@ def _fit(name: str, sequence: bool, folder: Path | None = None) -> dict[str, Any
     if folder is not None:
         first = trainer(name, max_steps=2, **options)
         first.fit(LitDecoder(sequence), batches)
-        first.save_checkpoint(folder / "half")
-    run.fit(module, batches, ckpt_path=folder and folder / "half")
+        first.save_checkpoint(folder / f"half of {name}")
+    run.fit(module, batches, ckpt_path=folder and folder / f"half of {name}")
     weights = whole_weights(run)
     loss = run.validate(module, batches, verbose=False)[0]["val_loss"]
     assert run.test(module, batches, verbose=False)[0]["val_loss"] == loss
@@ -150,7 +152,7 @@ def _fit(name: str, sequence: bool, folder: Path | None = None) -> dict[str, Any
 def test_clipped_and_resumed_runs_are_those_of_one_process(
     pools: Pools, tmp_path: Path, name: str, world_size: int, sequence: bool, resumed: bool
 ) -> None:
-    (want,) = pools(1).run(_fit, "one", sequence)
+    (want,) = pools(1).run(_fit, "one", sequence, tmp_path if resumed else None)
     results = pools(world_size).run(_fit, name, sequence, tmp_path if resumed else None)
     assert_same_everywhere([result["weights"] for result in results])
     assert_close(results[0]["weights"], want["weights"], 1e-6)
@@ -343,3 +345,47 @@ def _port() -> float:
 
 def test_the_example_of_a_ported_script_learns(pools: Pools) -> None:
     assert all(loss < math.log(32) - 0.3 for loss in pools(2).run(_port))
+
+
+class _Compiled(LitDecoder):
+    def configure_model(self) -> None:
+        super().configure_model()
+        assert self.model is not None
+        self.model.compile(backend="aot_eager")
+
+
+def _last_loss(compiled: bool, strategy: dict[str, Any], **options: Any) -> float:
+    fixed: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    run = L.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=TEDStrategy(tensor_parallel_size=2, **strategy),
+        max_steps=2,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        **fixed,
+        **options,
+    )
+    run.fit(_Compiled() if compiled else LitDecoder(), loader())
+    return run.callback_metrics["train_loss"].item()
+
+
+def _losses(compiled: bool, strategy: dict[str, Any], options: dict[str, Any]) -> tuple[float, float]:
+    return _last_loss(False, {}), _last_loss(compiled, strategy, **options)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "strategy", "options", "tolerance"),
+    [
+        (False, {"activation_checkpointing": "full", "zero_stage": 2}, {}, 1e-6),
+        (False, {"activation_checkpointing": "comm_aware", "offload_optimizer": True}, {}, 1e-6),
+        (False, {}, {"precision": "bf16-mixed"}, 2e-2),
+        (True, {}, {}, 1e-6),
+    ],
+    ids=["full", "comm_aware", "bf16", "compiled"],
+)
+def test_other_options_go_with_it(
+    pools: Pools, compiled: bool, strategy: dict[str, Any], options: dict[str, Any], tolerance: float
+) -> None:
+    for want, got in pools(2).run(_losses, compiled, strategy, options):
+        assert abs(got - want) < tolerance

@@ -351,7 +351,23 @@ class _Compiled(LitDecoder):
     def configure_model(self) -> None:
         super().configure_model()
         assert self.model is not None
-        self.model.compile(backend="aot_eager")
+        self.model.layers[1].compile(backend="aot_eager")
+
+
+def _to_experts() -> str:
+    mesh = TEDMesh(TP2)
+    layer = MoE(8, 16, 4)
+    partition_module(nn.ModuleDict({"moe": layer}), mesh, PartitionOptions())
+    try:
+        layer(distribute_tensor(torch.ones(4, 8), mesh.dense["tensor_parallel"], [Shard(0)]))
+    except UnsupportedError as error:
+        return str(error)
+    return ""
+
+
+def test_a_moe_layer_refuses_a_dtensor(pools: Pools) -> None:
+    for message in pools(2).run(_to_experts):
+        assert "input of `MoE` is a DTensor" in message and "use_local_output=True" in message
 
 
 def _last_loss(compiled: bool, strategy: dict[str, Any], **options: Any) -> float:

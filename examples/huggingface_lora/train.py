@@ -1,6 +1,6 @@
 """Fine-tune a Mixtral from safetensors with LoRA on attention and on experts, and export the adapters.
 
-``python -m examples.huggingface_lora.train`` makes a small Mixtral first, since nothing is downloaded; with ``--base`` it takes yours.
+``python -m examples.huggingface_lora.train`` makes a small Mixtral first, as nothing is downloaded; ``--base`` takes yours.
 """
 
 from __future__ import annotations

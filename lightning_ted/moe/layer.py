@@ -15,7 +15,7 @@ from lightning_ted.collectives.phase import in_backward
 from lightning_ted.collectives.tape import after_recomputation
 from lightning_ted.collectives.tensor import to_autocast
 from lightning_ted.collectives.tokens import drop, restore
-from lightning_ted.errors import TEDError
+from lightning_ted.errors import TEDError, UnsupportedError
 from lightning_ted.layout import Cut
 from lightning_ted.mesh import SINGLE
 from lightning_ted.moe.activations import ActivationName
@@ -159,8 +159,14 @@ class MoE(nn.Module, ExpertParallelLayer):
 
         Raises:
             TEDError: If the router returns no :class:`Routing`, or one of another number of experts.
+            UnsupportedError: If ``x`` is a DTensor.
 
         """
+        if hasattr(x, "device_mesh"):
+            raise UnsupportedError(
+                "the input of `MoE` is a DTensor; it takes a plain tensor of all tokens: `PrepareModuleInput(..., "
+                "desired_input_layouts=(Replicate(),), use_local_output=True)`."
+            )
         split = SINGLE if self.axes is None or not self.axes.drops else self.axes.tensor
         tokens_TD = x.reshape(-1, x.shape[-1])
         length = tokens_TD.shape[0]

@@ -19,6 +19,7 @@ from lightning_ted.layout import ParamLayout
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
 from lightning_ted.optim.probe import update_kind
 from lightning_ted.strategy._compat import AVERAGING_CALLBACKS, is_overridden
+from lightning_ted.strategy.dtensors import is_parallelized
 from lightning_ted.strategy.partition import PartitionOptions
 from lightning_ted.tensor_parallel.plan import Style
 from lightning_ted.topology import Topology
@@ -70,10 +71,10 @@ def refuse_idle_sizes(
             raise LayoutError(
                 f"`{argument}={size}` finds no MoE layer in {name} to share out; leave it at its default."
             )
-    if topology.tensor == 1 or styles:
+    if topology.tensor == 1 or styles or (is_parallelized(module) and not sequence_parallel):
         return
     plan = f"give {name} or its modules a `tp_plan`, or name what is to be cut in `tensor_parallel_plan`"
-    if not layers:
+    if not layers and not is_parallelized(module):
         raise PlanError(f"`tensor_parallel_size={topology.tensor}` finds nothing to cut in {name}; {plan}.")
     if sequence_parallel:
         raise PlanError(
@@ -110,7 +111,7 @@ def warn_of_likenesses(module: nn.Module) -> None:
 def warn_of_idle_sizes(module: nn.Module, styles: Mapping[str, Style], topology: Topology, tensor: int | str) -> None:
     """Say where sizes do less than one may think; ``tensor`` is the tensor-parallel size that was asked for."""
     name, plan = type(module).__name__, "a `tp_plan` attribute or `tensor_parallel_plan`"
-    if topology.tensor > 1 and not styles:
+    if topology.tensor > 1 and not styles and not is_parallelized(module):
         rank_zero_warn(
             f"`tensor_parallel_size={topology.tensor}`, but {name} has no tensor-parallel plan: all but its MoE layers is "
             f"replicated. HINT: name what is to be cut by {plan}."

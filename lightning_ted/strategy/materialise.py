@@ -19,7 +19,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's parameters and buffers without those of its children.
 
     Raises:
-        UnsupportedError: For a DTensor.
+        UnsupportedError: For a buffer that is a DTensor.
 
     """
     for source in (module._parameters, module._buffers):
@@ -28,10 +28,17 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 continue
             if isinstance(tensor, DTensor):
                 raise UnsupportedError(
-                    f"'{leaf}' of {type(module).__name__} is a DTensor; leave the parameters whole and name them in "
-                    "`tensor_parallel_plan` instead of calling `parallelize_module`."
+                    f"the buffer '{leaf}' of {type(module).__name__} is a DTensor; only parameters may be. Leave it a plain "
+                    "tensor, which every rank holds."
                 )
             yield leaf, tensor
+
+
+def own_tensor(module: nn.Module, leaf: str) -> Tensor:
+    """The parameter or buffer ``leaf`` itself, where reading the attribute may give a DTensor made of it."""
+    tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+    assert tensor is not None
+    return tensor
 
 
 def common_seed(mesh: TEDMesh, device: torch.device | None) -> int:

@@ -27,7 +27,8 @@ from lightning_ted.layout import Cut, Family, ParamLayout
 from lightning_ted.mesh import SINGLE, TEDMesh
 from lightning_ted.moe.axes import MoEAxes
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
-from lightning_ted.strategy.materialise import common_seed, materialise, own_tensors
+from lightning_ted.strategy.dtensors import Unwrapped, refuse_in_plan, unwrap, wrap
+from lightning_ted.strategy.materialise import common_seed, materialise, own_tensor, own_tensors
 from lightning_ted.strategy.sizes import module_styles
 from lightning_ted.tensor_parallel.apply import PlanResult, apply_plan, install_sequences
 from lightning_ted.tensor_parallel.linear import ShardedRegion
@@ -140,8 +141,8 @@ def partition_module(
 
     Raises:
         PlanError, LayoutError: If the plan does not fit the module.
-        UnsupportedError: For DTensor parameters, for meta tensors that nothing can initialise, and for modules that were
-            cut in processes that are gone.
+        UnsupportedError: For DTensors that cannot be replaced by plain parameters, for meta tensors that nothing can
+            initialise, and for modules that were cut in processes that are gone.
 
     """
     mesh = mesh_of(module) or mesh
@@ -152,16 +153,23 @@ def partition_module(
             f"{mesh.topology}, {options}. {_REBUILD}"
         )
     adopt(module, options.specs, complete)
-    result = _mark_plan(module, mesh, options, record, complete)
-    cuts = result.cuts | _mark_experts(module, mesh, options, record)
+    handmade = unwrap(module, mesh, device)
+    result = _mark_plan(module, mesh, options, record, handmade, complete)
+    cuts = result.cuts | handmade.cuts | _mark_experts(module, mesh, options, record)
     record.partial |= result.partial
     record.regions += result.regions
-    _place_all(module, mesh, record, cuts, device)
+    _place_all(module, mesh, record, cuts, handmade, device)
+    wrap(handmade)
     return record.layouts
 
 
 def _place_all(
-    module: nn.Module, mesh: TEDMesh, record: PartitionRecord, cuts: Cuts, device: torch.device | None
+    module: nn.Module,
+    mesh: TEDMesh,
+    record: PartitionRecord,
+    cuts: Cuts,
+    handmade: Unwrapped,
+    device: torch.device | None,
 ) -> None:
     """Cut every tensor that the record does not know, and bring the record up to date."""
     before, owners_before = dict(record.layouts), dict(record.owners)
@@ -185,17 +193,17 @@ def _place_all(
     for gone in before.keys() - names:
         del record.layouts[gone], record.owners[gone]
     for name, leaf, child in named:
-        tensor = getattr(child, leaf)
+        tensor = own_tensor(child, leaf)
         if tensor.is_meta:
             seed = common_seed(mesh, device) if seed is None else seed
             shapes = _whole_shapes(child, known) | _read_shapes(child, read)
             materialise(child, name.rpartition(".")[0], seed, device, shapes, resets.get(id(child)))
-            tensor = getattr(child, leaf)
+            tensor = own_tensor(child, leaf)
         owner = _owner(tensor, child)
         key = _key(owner, name)
         layout, home = known.get(key), homes.setdefault(key, child)
         if layout is None:
-            shape = read.get(id(tensor), tuple(tensor.shape))
+            shape = handmade.shapes.get(name) or read.get(id(tensor), tuple(tensor.shape))
             layout = _layout(name, shape, cuts, record, before.get(name))
             if id(tensor) not in read:
                 _place(tensor, layout, mesh, device)
@@ -232,9 +240,15 @@ def _join(prefix: str, leaf: str) -> str:
 
 
 def _mark_plan(
-    module: nn.Module, mesh: TEDMesh, options: PartitionOptions, record: PartitionRecord, complete: bool
+    module: nn.Module,
+    mesh: TEDMesh,
+    options: PartitionOptions,
+    record: PartitionRecord,
+    handmade: Unwrapped,
+    complete: bool,
 ) -> PlanResult:
     styles = module_styles(module, options.plan, complete)
+    refuse_in_plan(module, handmade, styles)
     known = {id(target) for target in record.styled.values()}
     targets = {name: _target(module, name) for name in styles}
     for name, target in targets.items():

@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.data import DataLoader, DistributedSampler
 
-from examples.model_parallel_port import Decoder, LitDecoder, loader, main, parallelize
+from examples.model_parallel_port.train import Decoder, LitDecoder, loader, main, parallelize
 from lightning_ted import TEDStrategy
 from lightning_ted.collectives.whole import gather_whole
 from lightning_ted.errors import LayoutError, PlanError, UnsupportedError

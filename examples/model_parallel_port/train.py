@@ -1,6 +1,6 @@
 """A script for Lightning's ``ModelParallelStrategy`` under ``TEDStrategy``: the line that makes the strategy is all that changes.
 
-``python -m examples.model_parallel_port`` trains a small decoder on two processes of this machine's CPU.
+``python -m examples.model_parallel_port.train`` trains a small decoder on two processes of this machine's CPU.
 """
 
 from __future__ import annotations

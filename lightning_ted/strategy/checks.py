@@ -68,8 +68,11 @@ def refuse_idle_sizes(
     name, layers = type(module).__name__, expert_parallel_layers(module)
     for argument, size in (("expert_parallel_size", topology.expert), ("expert_tensor_parallel_size", expert_tensor)):
         if size is not None and size > 1 and not layers:
+            hint = "".join(
+                f" '{found.name}' looks like one:\n\n{found.declaration()}" for found in likenesses(module)[:1]
+            )
             raise LayoutError(
-                f"`{argument}={size}` finds no MoE layer in {name} to share out; leave it at its default."
+                f"`{argument}={size}` finds no MoE layer in {name} to share out; leave it at its default.{hint}"
             )
     if topology.tensor == 1 or styles or (is_parallelized(module) and not sequence_parallel):
         return

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from lightning_ted import MoE, MoESpec, TEDStrategy, register_moe_adapter
 from lightning_ted.adapters import adopt, likenesses
 from lightning_ted.adapters.networks import ListedExperts, NetworkExperts, StackedExperts
-from lightning_ted.errors import SpecError, TEDError, UnsupportedError
+from lightning_ted.errors import LayoutError, SpecError, TEDError, UnsupportedError
 from lightning_ted.moe.expert_parallel import expert_parallel_layers
+from lightning_ted.strategy.checks import refuse_idle_sizes
+from lightning_ted.topology import Topology
 from tests.support.blocks import BLOCKS, EXPERTS, SAID, WIDTH, FusedBlock, ListBlock, SwitchBlock
 from tests.support.runs import FEATURES
 
@@ -290,3 +292,10 @@ def test_what_looks_like_a_mixture_is_named_and_nothing_else() -> None:
 
 def test_errors_are_of_this_package() -> None:
     assert issubclass(SpecError, TEDError)
+
+
+def test_sizes_without_a_layer_say_what_looks_like_one() -> None:
+    with pytest.raises(
+        LayoutError, match=r"(?s)finds no MoE layer.*'layers.0' looks like one:.*MoESpec\(block=\"ListBlock\""
+    ):
+        refuse_idle_sizes(around(ListBlock()), {}, Topology(2, 1, 2, 1), None, False)

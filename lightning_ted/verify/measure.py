@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
+from lightning_ted.adapters import stacked_experts
 from lightning_ted.checkpoint.distributed import everybodys
 from lightning_ted.checkpoint.single_file import SingleFile
+from lightning_ted.checkpoint.stacked import with_single
 from lightning_ted.checkpoint.tree import Names
 from lightning_ted.collectives.phase import in_backward
 from lightning_ted.errors import VerificationError
@@ -73,6 +75,9 @@ def measure_together(
         warnings.simplefilter("always")
         measured = _step(module, batch, strategy, options, seed, None)
         strategy.barrier()
+    stacked = stacked_experts(module)
+    measured.before, measured.after = with_single(stacked, measured.before), with_single(stacked, measured.after)
+    measured.gradients = with_single(stacked, measured.gradients)
     measured.told = sorted(
         {text for w in caught if issubclass(w.category, UserWarning) and _NO_LOADER not in (text := str(w.message))}
     )

@@ -37,7 +37,8 @@ def run_together(world: int, function: Callable[..., Any], arguments: Sequence[A
         What it returned, by rank.
 
     Raises:
-        VerificationError: If a process raises, dies or does not end in time; or if an argument cannot be sent.
+        TEDError: What a process raised of this package's; a :class:`VerificationError`, if it raised something else, died or did
+            not end in time, or if an argument cannot be sent.
 
     """
     # A process that has used a GPU cannot be forked into one that computes gradients.
@@ -65,7 +66,7 @@ def run_together(world: int, function: Callable[..., Any], arguments: Sequence[A
                     process.kill()
                     process.join()
         if codes != [0] * world:
-            raise VerificationError(_told(codes, folder, timeout))
+            raise _told(codes, folder, timeout)
         return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(world)]
 
 
@@ -78,20 +79,25 @@ def _wait(processes: Sequence[Any], timeout: float) -> None:
         time.sleep(0.02)
 
 
-def _told(codes: Sequence[int | None], folder: Path, timeout: float) -> str:
+def _told(codes: Sequence[int | None], folder: Path, timeout: float) -> TEDError:
     """What went wrong where, by the exit codes that there were before the others were ended."""
     failed = [rank for rank, code in enumerate(codes) if code]
     errors = [rank for rank in failed if (folder / f"error{rank}").exists()]
     if errors:
         # The one that failed first; others say that they have lost it.
         first = min(errors, key=lambda rank: (folder / f"error{rank}").stat().st_mtime_ns)
-        text = (folder / f"error{first}").read_text().rstrip()
-        return f"A run of the module failed on rank {first} of {len(codes)}:\n{text}"
+        found = pickle.loads((folder / f"error{first}").read_bytes())
+        if isinstance(found, TEDError):
+            return found
+        return VerificationError(f"A run of the module failed on rank {first} of {len(codes)}:\n{found.rstrip()}")
     if failed:
         printed = (folder / f"log{failed[0]}").read_text()[-2000:]
-        return f"A run of the module failed: rank {failed[0]} of {len(codes)} died ({codes[failed[0]]}).\n{printed}".rstrip()
+        died = f"rank {failed[0]} of {len(codes)} died ({codes[failed[0]]})"
+        return VerificationError(f"A run of the module failed: {died}.\n{printed}".rstrip())
     late = ", ".join(str(rank) for rank, code in enumerate(codes) if code is None)
-    return f"A run of the module had not ended after {timeout:g} s on rank {late} of {len(codes)}; raise `timeout` if it is slow."
+    return VerificationError(
+        f"A run of the module had not ended after {timeout:g} s on rank {late} of {len(codes)}; raise `timeout` if it is slow."
+    )
 
 
 def _rank(
@@ -111,8 +117,8 @@ def _rank(
         torch.save(function(*arguments), folder / f"result{rank}")
         code = 0
     except BaseException as error:
-        text = f"{type(error).__name__}: {error}" if isinstance(error, TEDError) else traceback.format_exc()
-        (folder / f"error{rank}").write_text(text)
+        found = error if isinstance(error, TEDError) else traceback.format_exc()
+        (folder / f"error{rank}").write_bytes(pickle.dumps(found))
     finally:
         # Without the exit handlers of the process that was forked.
         os._exit(code)

@@ -89,14 +89,14 @@ def find_topology(
         LayoutError, PlanError: If none do.
 
     """
+    # In another process, like all that changes the module: its layers are made there, and foreign ones adopted.
+    (topology,) = run_together(1, _find, (module, make, processes), timeout)
+    return topology
+
+
+def _find(module: pl.LightningModule, make: Callable[[], TEDStrategy], processes: int | None) -> Topology:
     if is_overridden("configure_model", module):
-        # Its layers tell which degrees fit; they are made in another process, as all that is not the caller's.
-        (topology,) = run_together(1, _configure_and_find, (module, make, processes), timeout)
-        return topology
-    return _find_topology(module, make, processes)
-
-
-def _find_topology(module: pl.LightningModule, make: Callable[[], TEDStrategy], processes: int | None) -> Topology:
+        module.configure_model()
     strategy = make()
     if processes is not None:
         return strategy.resolve(module, processes, processes)
@@ -115,8 +115,3 @@ def _find_topology(module: pl.LightningModule, make: Callable[[], TEDStrategy], 
         assert failure is not None
         raise failure
     return fits
-
-
-def _configure_and_find(module: pl.LightningModule, make: Callable[[], TEDStrategy], processes: int | None) -> Topology:
-    module.configure_model()
-    return _find_topology(module, make, processes)

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_ted import TEDStrategy
+from lightning_ted import MoESpec, TEDStrategy
 from lightning_ted.cli import main
 from lightning_ted.errors import LayoutError, VerificationError
 from lightning_ted.verify import VerificationReport
+from tests.support.blocks import SAID, Own
 from tests.support.runs import FEATURES, Net
 
 NORM = "replicated_with_grad_allreduce"
@@ -164,6 +165,15 @@ class Manual(Module):
 def test_manual_optimization_and_what_a_step_returns() -> None:
     report = TEDStrategy(expert_parallel_size=2).verify(Manual(), batch())
     assert report.ok and report.loss is not None and len(report.rows) == 11, str(report)
+
+
+def test_blocks_of_ones_own_are_compared_with_what_they_were() -> None:
+    module = Own("ListBlock")
+    said = MoESpec(block="ListBlock", **SAID["ListBlock"])
+    report = TEDStrategy(tensor_parallel_size=2, expert_parallel_size=2, moe_specs=[said]).verify(module, batch())
+    assert report.ok, str(report)
+    assert any("experts.3.w1.weight" in row.name for row in report.rows)
+    assert isinstance(module.net["blocks"][0].experts, nn.ModuleList)  # as it was
 
 
 def test_what_cannot_be_run_is_told() -> None:

@@ -97,6 +97,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "flint": {},
     "qwen3_5_moe_text": _HYBRID,
     "deepseek_v32": {**_LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 64},
+    "granitemoe_swa": {},
+    "glm_moe_dsa": {**_LATENT, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 64},
+    "axk1": _LATENT,
+    "axk2": _LATENT,
+    "beam": {},
+    "kolibri1": {},
+    "mellum": {},
+    "minimax_m3_vl_text": {},
     # Those with adapters of their own.
     "llama4_text": {"intermediate_size_mlp": 32, "interleave_moe_layer_step": 1, "use_qk_norm": False},
     "longcat_flash": {"num_key_value_heads": 4, "head_dim": 4, "zero_expert_num": 4, "expert_ffn_hidden_size": 16}

@@ -132,7 +132,7 @@ def counted(run: Run, mesh: TEDMesh) -> Counts:
     options = TrainingOptions(case.zero_stage)
     training = training_of(module, mesh, layouts, optimizer, case.options, options, working)
     # In the first steps, gradients of whole parameters are compared besides: how often depends on the data.
-    training.reducer._audit.is_pending = False
+    training.reducer.audit.is_pending = False
     tokens = torch.randint(case.config.vocab, (run.batch, run.sequence + 1))
     autocast = torch.autocast("cpu", torch.bfloat16) if run.autocast else nullcontext()
     with mesh.recording(CommRecorder()) as recorder:

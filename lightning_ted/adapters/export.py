@@ -123,7 +123,9 @@ class PretrainedExport:
                 "The checkpoint does not tell of a model of Hugging Face's transformers; name a folder that holds its config.json "
                 "with `--config-from`."
             )
-        raise CheckpointError(f"The checkpoint holds the models {names}; choose one of them with `--model-name`.")
+        raise CheckpointError(
+            f"The checkpoint holds the models {names}; choose one of them by `model_name` (`--model-name`)."
+        )
 
     def _match(self, here: set[str]) -> list[str]:
         model = self._model

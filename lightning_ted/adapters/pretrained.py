@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_ted.adapters.peft import plain_name, without_adapters
 from lightning_ted.checkpoint import shards
 from lightning_ted.checkpoint.boxes import Box, placed
-from lightning_ted.checkpoint.distributed import agreed
+from lightning_ted.checkpoint.distributed import agreed, everybodys
 from lightning_ted.errors import CheckpointError, UnsupportedError
 from lightning_ted.layout import Cut, ParamLayout
 from lightning_ted.mesh import TEDMesh
@@ -65,6 +65,8 @@ def from_pretrained(model_class: Any, path: str | Path, **options: Any) -> Any:
         raise TypeError(f"{type(config).__name__} has no entry '{min(unknown)}'.")
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedError(f"The weights in '{path}' are quantized, and cannot be trained; dequantize them first.")
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise TypeError(f"`dtype={dtype!r}` must be one of torch's floating-point dtypes, or 'auto'.")
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with torch.device("meta"):
@@ -102,6 +104,11 @@ def load_pretrained(
             with without_adapters(model):  # under the names that the files have
                 reading = _Reading(model, below, mesh, device or torch.device("cpu"))
                 whole |= agreed(partial(reading.read, folder), mesh.host_group())
+            missing = everybodys(reading.missing, mesh.host_group())
+            counts = Counter(name for own in missing for name in own)
+            uneven = sorted(name for name, ranks in counts.items() if ranks < len(missing))
+            if uneven:
+                raise CheckpointError(f"'{folder}' has only a part of '{uneven[0]}': some of its experts are missing.")
     return whole
 
 
@@ -112,6 +119,8 @@ class _Reading:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         self._model, self._device = model, device
+        #: Of what the files have nothing, once they have been read.
+        self.missing: list[str] = []
         self._index = {name: mesh.axis(name).rank for name in ("tensor", "expert", "expert_tensor")}
         self._mapping: list[Any] = get_model_conversion_mapping(model)
         self._before = dict(model.named_parameters(remove_duplicate=False))
@@ -209,7 +218,7 @@ class _Reading:
             raise CheckpointError(
                 f"The weights in '{folder}' do not fit {type(self._model).__name__}: {[*problems, *found.error_msgs][0]}."
             )
-        missing = sorted(name for name in found.missing_keys if _get(self._model, name).is_meta)
+        self.missing = missing = sorted(name for name in found.missing_keys if _get(self._model, name).is_meta)
         if missing:
             rank_zero_warn(f"'{folder}' has no weights for: {', '.join(missing)}. They begin anew.")
         ignored = self._model._keys_to_ignore_on_load_unexpected or ()

@@ -121,6 +121,8 @@ class SavingStrategy(SteppingStrategy):
             CheckpointError: On every rank, if there is no such model, or it could not be written.
 
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise CheckpointError(f"`dtype={dtype!r}` must be a floating-point dtype of torch's, or None.")
         limit, path = shards.bytes_of(max_shard_size), self.broadcast(path)
         local = _compat.local_path(path)
         if local is None:

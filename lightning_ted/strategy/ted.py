@@ -403,7 +403,7 @@ class TEDStrategy(LoadingStrategy):
         if self._layer_sync is not None and trainer is not None and trainer.state.fn == TrainerFn.FITTING:
             assert self.model is not None
             self.model = self._layer_sync.revert(self.model)
-        if module is not None and any(parameter.is_meta for parameter in module.parameters()):
+        if module is not None and any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             # What was never given storage cannot be moved to the CPU, and trying to would hide the reason.
             self._lightning_module = None
         if self.model is not None:

@@ -18,7 +18,7 @@ from lightning_ted.verify.report import WIDTH, VerificationReport
 from lightning_ted.verify.run import find_topology
 
 #: What of the Trainer a step depends on.
-_OF_A_STEP = ("gradient_clip_val", "gradient_clip_algorithm", "sync_batchnorm")
+_OF_A_STEP = ("gradient_clip_val", "gradient_clip_algorithm")
 #: Settings of `fit` alone, which a configuration for it may have.
 _OF_FIT = ("ckpt_path", "weights_only")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_ted.errors import VerificationError
 from lightning_ted.topology import Topology
 from lightning_ted.verify.measure import Measured
 from lightning_ted.verify.report import ParameterRow, VerificationReport
@@ -65,6 +67,11 @@ def compare(
         tolerance: Relative, of gradients, outputs and norms.
 
     """
+    if not want.norms:
+        raise VerificationError(
+            "No optimizer stepped in the first batch, so there are no gradients to compare. In manual optimization, let "
+            "`training_step` step in its first call."
+        )
     total = sum(norm**2 for norm in want.norms) ** 0.5
     rows = []
     for name in want.gradients.keys() | got.gradients.keys():
@@ -75,8 +82,9 @@ def compare(
         rows.append(ParameterRow(name, found.size, update, found.factor, ok, cause))
     rows.sort(key=lambda row: (row.ok, -row.gradient, row.name))
     loss = None if got.loss is None or want.loss is None else _relative(got.loss, want.loss)
-    outputs = max([_distance(a, b) for a, b in zip(got.outputs, want.outputs, strict=False)], default=0.0)
-    norm = max([_relative(a, b) for a, b in zip(got.norms, want.norms, strict=False)], default=0.0)
+    rows += _untrained(got, want, tolerance)
+    outputs = _largest(_distance(a, b) for a, b in zip(got.outputs, want.outputs, strict=False))
+    norm = _largest(_relative(a, b) for a, b in zip(got.norms, want.norms, strict=False))
     same_kind = len(got.outputs) == len(want.outputs) and len(got.norms) == len(want.norms)
     near = (loss is None or loss <= tolerance) and outputs <= tolerance and norm <= tolerance
     ok = same_kind and near and all(row.ok for row in rows)
@@ -86,6 +94,22 @@ def compare(
     )
     causes = () if ok else tuple(dict.fromkeys(_causes(report, got, want, again, topology)))
     return VerificationReport(**{**vars(report), "causes": causes})
+
+
+def _untrained(got: Measured, want: Measured, tolerance: float) -> list[ParameterRow]:
+    """Buffers and frozen parameters that the step has left different."""
+    rows = []
+    for name in want.after.keys() & got.after.keys() - want.gradients.keys() - got.gradients.keys():
+        off = _distance(got.after[name], want.after[name])
+        if not off <= tolerance:
+            cause = "a statistic of one rank's samples, or of numbers that it draws"
+            rows.append(ParameterRow(name, 0.0, off, 1.0, False, cause))
+    return sorted(rows, key=lambda row: row.name)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest; what is no number is larger than all."""
+    return max((float("inf") if value != value else value for value in values), default=0.0)
 
 
 def _described(topology: Topology) -> str:
@@ -183,9 +207,10 @@ def _causes(
         )
     if got.local and topology.data > 1:
         causes.append(
-            f"Statistics are of this rank's samples: {got.local[0]} normalises over the batch. Use `Trainer(sync_batchnorm=True)`."
+            f"Statistics are of this rank's samples: {got.local[0]} normalises over the batch. Use `Trainer(sync_batchnorm=True)`, "
+            "whose layers run on GPUs only, or another norm."
         )
-    if report.module:
+    elif report.module:
         causes.append(
             f"The plan cuts what it should not, or in the wrong style, in or before '{report.module}': its output is another."
         )
@@ -201,7 +226,7 @@ def _causes(
             "All outputs are right, and gradients are not: something that is not a layer of the plan sees split features, or one "
             "outside of it is used by some ranks alone."
         )
-    if wrong and not gradients:
+    if any(row.name in want.gradients for row in wrong) and not gradients:
         causes.append(
             "All gradients are right, and the weights after the step are not: the optimizer, or clipping that the module does."
         )

@@ -286,7 +286,7 @@ def _join(measured: Measured, strategy: TEDStrategy) -> None:
     losses = [loss for loss, _, _ in ranks if loss is not None]
     measured.loss = sum(losses) / len(losses) if losses else None
     measured.outputs = [
-        torch.stack(parts).mean(0) if parts[0].dim() == 0 else torch.cat(parts)
+        torch.stack([part.double() for part in parts]).mean() if parts[0].dim() == 0 else torch.cat(parts)
         for parts in zip(*(outputs for _, outputs, _ in ranks), strict=True)
     ]
     measured.modules = {

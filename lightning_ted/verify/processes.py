@@ -81,8 +81,13 @@ def _wait(processes: Sequence[Any], timeout: float) -> None:
 
 def _told(codes: Sequence[int | None], folder: Path, timeout: float) -> TEDError:
     """What went wrong where, by the exit codes that there were before the others were ended."""
-    failed = [rank for rank, code in enumerate(codes) if code]
-    errors = [rank for rank in failed if (folder / f"error{rank}").exists()]
+    # One that a signal has ended comes first: others say that they have lost it.
+    failed = sorted((rank for rank, code in enumerate(codes) if code), key=lambda rank: (codes[rank] or 0) > 0)
+    errors = (
+        []
+        if failed and (codes[failed[0]] or 0) < 0
+        else [rank for rank in failed if (folder / f"error{rank}").exists()]
+    )
     if errors:
         # The one that failed first; others say that they have lost it.
         first = min(errors, key=lambda rank: (folder / f"error{rank}").stat().st_mtime_ns)

@@ -58,8 +58,11 @@ def verify(
         raise VerificationError(
             "`verify` starts processes of its own; call it before a Trainer has run, or in a script alone."
         )
-    if not tolerance > 0:
-        raise VerificationError(f"`tolerance={tolerance!r}` must be positive.")
+    if not isinstance(module, pl.LightningModule):
+        raise VerificationError(f"`module={type(module).__name__}(...)` must be a LightningModule.")
+    for name, value in (("tolerance", tolerance), ("timeout", timeout)):
+        if not value > 0:
+            raise VerificationError(f"`{name}={value!r}` must be positive.")
     options = dict(trainer_options or {})
     topology = find_topology(module, make, processes, timeout)
     world = topology.world_size
@@ -106,7 +109,9 @@ def _find(module: pl.LightningModule, make: Callable[[], TEDStrategy], processes
         try:
             found = strategy.resolve(module, world, world)
         except LayoutError as error:
-            failure = error
+            # Rather what the module says of degrees than what a number of processes does.
+            if failure is None or "world size" not in str(error):
+                failure = error
             continue
         if found.data > 1:
             return found

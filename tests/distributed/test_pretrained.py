@@ -192,6 +192,17 @@ def test_other_shapes_are_an_error_of_every_rank(pools: Pools, folders: dict[str
         assert f"The weights in '{folder}' do not fit MixtralForCausalLM: " in error
 
 
+def test_a_missing_expert_is_an_error_of_every_rank(pools: Pools, folders: dict[str, str], tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for leaf in ("w1", "w3"):
+            for number in (0, 1):
+                del tensors[f"model.layers.0.block_sparse_moe.experts.{number}.{leaf}.weight"]
+
+    folder = _changed(folders["mixtral"], tmp_path, change)
+    for _, error in pools(4).run(_told, folder):
+        assert f"'{folder}' has only a part of 'model.layers.0.mlp.experts.gate_up_proj'" in error
+
+
 def test_a_damaged_file_is_an_error_of_every_rank(pools: Pools, folders: dict[str, str], tmp_path: Path) -> None:
     folder = _changed(folders["mixtral"], tmp_path, lambda tensors: None)
     file = tmp_path / "model.safetensors"
@@ -204,6 +215,8 @@ def test_folders_of_something_else_are_refused_at_once(folders: dict[str, str], 
     load = partial(from_pretrained, transformers.AutoModelForCausalLM)
     with pytest.raises(CheckpointError, match="is no local folder of a model"):
         load("some/model")
+    with pytest.raises(TypeError, match="`dtype='banana'` must be"):
+        load(folders["mixtral"], dtype="banana")
     with pytest.raises(TypeError, match="MixtralConfig has no entry 'hidden'"):
         load(folders["mixtral"], hidden=3)
     shutil.copy(Path(folders["mixtral"]) / "config.json", tmp_path)

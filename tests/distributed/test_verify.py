@@ -167,6 +167,45 @@ def test_manual_optimization_and_what_a_step_returns() -> None:
     assert report.ok and report.loss is not None and len(report.rows) == 11, str(report)
 
 
+class Waiting(Manual):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.manual_backward(F.mse_loss(self.net(batch[0]), batch[1]))
+
+
+class Poisoned(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return {
+            "loss": loss,
+            "x": loss.detach() * (float("nan") if self.trainer.world_size > 1 else 1),
+            "n": torch.tensor(3),
+        }
+
+
+class Statistic(Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.register_buffer("mean", torch.zeros(FEATURES))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1 * batch[0].mean(0))
+        return super().training_step(batch, batch_idx)
+
+
+def test_nothing_passes_unseen() -> None:
+    strategy = TEDStrategy(tensor_parallel_size=2)
+    with pytest.raises(VerificationError, match="No optimizer stepped in the first batch"):
+        strategy.verify(Waiting(), batch())
+    assert not strategy.verify(Poisoned(Net()), batch()).ok
+    report = strategy.verify(Statistic(Net()), batch())
+    assert not report.ok and [row.name for row in report.rows if not row.ok] == ["mean"]
+    for options in ({"timeout": -5}, {"tolerance": 0}):
+        with pytest.raises(VerificationError, match=next(iter(options))):
+            strategy.verify(Module(Net()), batch(), **options)
+    with pytest.raises(VerificationError, match="must be a LightningModule"):
+        strategy.verify(Net(), batch())  # type: ignore[arg-type]
+
+
 def test_blocks_of_ones_own_are_compared_with_what_they_were() -> None:
     module = Own("ListBlock")
     said = MoESpec(block="ListBlock", **SAID["ListBlock"])
